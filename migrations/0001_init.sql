@@ -30,10 +30,8 @@ CREATE TABLE daemons (
     hostname     text NOT NULL DEFAULT '',
     os           text NOT NULL DEFAULT '',
     version      text NOT NULL DEFAULT '',
-    -- [{id, name, path, agents_md}]
-    roots        jsonb NOT NULL DEFAULT '[]',
-    -- [{name, description, input_schema, read_only, root_id}]
-    tools        jsonb NOT NULL DEFAULT '[]',
+    -- The protobuf Declarations: roots and tools, as last said by the daemon.
+    declarations bytea NOT NULL DEFAULT '',
     created_at   timestamptz NOT NULL DEFAULT now(),
     last_seen_at timestamptz,
     revoked_at   timestamptz
@@ -43,11 +41,17 @@ CREATE UNIQUE INDEX daemons_name ON daemons (user_id, name) WHERE revoked_at IS 
 CREATE TABLE daemon_leases (
     daemon_id  uuid PRIMARY KEY REFERENCES daemons,
     instance   bigint NOT NULL,
+    -- The nil UUID once the lease was given back.
     gateway_id uuid NOT NULL,
+    -- Counts the daemon's leases.
     epoch      bigint NOT NULL,
-    -- By this database's clock.
-    expires_at timestamptz NOT NULL
+    -- Both by this database's clock.
+    granted_at timestamptz NOT NULL,
+    expires_at timestamptz NOT NULL,
+    -- The user's feed was told that the daemon is away.
+    said_away  boolean NOT NULL DEFAULT false
 );
+CREATE INDEX daemon_leases_unsaid ON daemon_leases (expires_at) WHERE NOT said_away;
 CREATE INDEX daemon_leases_gateway ON daemon_leases (gateway_id);
 
 CREATE TABLE api_tokens (
@@ -111,12 +115,14 @@ CREATE TABLE chats (
     wanted       bigint NOT NULL DEFAULT 0,
     seen         bigint NOT NULL DEFAULT 0,
     wanted_at    timestamptz NOT NULL DEFAULT now(),
+    -- When the relay last woke the chat because something in it is open.
+    relayed_at   timestamptz NOT NULL DEFAULT now(),
     forked_from  uuid REFERENCES chats,
     forked_at    int,
     created_at   timestamptz NOT NULL DEFAULT now(),
     updated_at   timestamptz NOT NULL DEFAULT now(),
     archived_at  timestamptz
-);
+) WITH (fillfactor = 80);
 CREATE INDEX chats_user ON chats (user_id, updated_at DESC, id);
 CREATE INDEX chats_unseen ON chats (wanted_at) WHERE wanted > seen;
 
@@ -129,11 +135,11 @@ CREATE TABLE turns (
     ordinal          int NOT NULL,
     status           text NOT NULL CHECK (status IN ('queued', 'running', 'waiting_approval', 'waiting_daemon',
                                                      'succeeded', 'failed', 'cancelled')),
-    -- Model rounds begun: the newest assistant message is of iteration - 1 or is being written.
+    -- Model rounds that are stored; the next one, which may be under way, has this number.
     iteration        int NOT NULL DEFAULT 0,
     -- Epoch of the newest model attempt. Every write of an attempt requires it.
     fence            bigint NOT NULL DEFAULT 0,
-    -- The message that the newest attempt writes, and who writes it; null between attempts.
+    -- The message of the round under way, the same for all its attempts, and who writes it; null between rounds.
     live_message_id  uuid,
     producer         uuid,
     -- Stored before anything is woken: a relay continues the same trace.
@@ -151,7 +157,7 @@ CREATE TABLE turns (
     started_at       timestamptz,
     ended_at         timestamptz,
     UNIQUE (chat_id, ordinal)
-);
+) WITH (fillfactor = 80);
 CREATE INDEX turns_open ON turns (chat_id, ordinal) WHERE ended_at IS NULL;
 CREATE INDEX turns_user_open ON turns (user_id) WHERE ended_at IS NULL;
 
@@ -160,6 +166,9 @@ CREATE TABLE messages (
     chat_id           uuid NOT NULL REFERENCES chats,
     turn_id           uuid REFERENCES turns,
     ordinal           int NOT NULL,
+    -- The turn's ordinal. A message sent while a turn runs is younger in the chat's order, but comes after that turn
+    -- in the history that a model reads.
+    turn_ordinal      int NOT NULL,
     role              text NOT NULL CHECK (role IN ('user', 'assistant', 'tool', 'notice')),
     iteration         int,
     model             text NOT NULL DEFAULT '',
@@ -173,6 +182,7 @@ CREATE TABLE messages (
     UNIQUE (chat_id, ordinal),
     UNIQUE (chat_id, client_message_id)
 );
+CREATE INDEX messages_history ON messages (chat_id, turn_ordinal, ordinal);
 CREATE UNIQUE INDEX messages_round ON messages (turn_id, iteration, role) WHERE role IN ('assistant', 'tool');
 CREATE INDEX messages_search ON messages USING gin (search);
 
@@ -199,7 +209,7 @@ CREATE TABLE tool_calls (
     chat_id         uuid NOT NULL REFERENCES chats,
     turn_id         uuid NOT NULL REFERENCES turns,
     user_id         uuid NOT NULL REFERENCES users,
-    message_id      uuid NOT NULL REFERENCES messages,
+    message_id      uuid NOT NULL REFERENCES messages DEFERRABLE INITIALLY DEFERRED,
     iteration       int NOT NULL,
     index           int NOT NULL,
     -- The id the provider gave the call, sent back with its result.
@@ -214,6 +224,9 @@ CREATE TABLE tool_calls (
                                                     'outcome_unknown')),
     -- Counts dispatches; durable before each.
     generation      bigint NOT NULL DEFAULT 0,
+    -- Generations that may have reached the daemon. Above 0 only its journal knows what ran.
+    sent            bigint NOT NULL DEFAULT 0,
+    -- The daemon it was sent to, or that it waits for, and that one's journal.
     daemon_id       uuid REFERENCES daemons,
     incarnation     uuid,
     root_id         text NOT NULL DEFAULT '',
@@ -221,6 +234,7 @@ CREATE TABLE tool_calls (
     dispatched_at   timestamptz,
     -- A cancel was asked; the call settles behind its turn.
     cancel_asked_at timestamptz,
+    cancel_sent_at  timestamptz,
     unknown_cause   text NOT NULL DEFAULT '',
     result          text NOT NULL DEFAULT '',
     is_error        boolean NOT NULL DEFAULT false,
@@ -233,8 +247,9 @@ CREATE TABLE tool_calls (
     started_at      timestamptz,
     ended_at        timestamptz,
     UNIQUE (turn_id, iteration, index)
-);
+) WITH (fillfactor = 80);
 CREATE INDEX tool_calls_daemon_open ON tool_calls (daemon_id) WHERE ended_at IS NULL;
+CREATE INDEX tool_calls_cancel_open ON tool_calls (cancel_asked_at) WHERE ended_at IS NULL AND cancel_asked_at IS NOT NULL;
 CREATE INDEX tool_calls_chat_open ON tool_calls (chat_id) WHERE ended_at IS NULL;
 
 CREATE TABLE approvals (

@@ -3,9 +3,8 @@
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let proto = std::path::Path::new("../../proto");
     println!("cargo:rerun-if-changed={}", proto.display());
-    let mut files: Vec<_> = std::fs::read_dir(proto.join("reliant/v1"))?
-        .map(|entry| entry.map(|e| e.path()))
-        .collect::<Result<_, _>>()?;
+    let mut files: Vec<_> =
+        std::fs::read_dir(proto.join("reliant/v1"))?.map(|entry| entry.map(|e| e.path())).collect::<Result<_, _>>()?;
     files.retain(|path| path.extension().is_some_and(|ext| ext == "proto"));
     files.sort();
     let mut compiler = protox::Compiler::new([proto])?;

@@ -1,1 +1,19 @@
+//! Driving turns with Temporal: the chat's workflow, its client and its worker.
+//!
+//! Invariant: Temporal only drives. A signal carries no state, payloads are ids, and whatever Temporal loses is found
+//! again in Postgres by a relay. Nothing here reads or writes a conversation. The workflow's code is pure and tiny: one
+//! thread runs all workflows of a worker.
 
+mod activities;
+mod client;
+mod config;
+mod driver;
+pub mod floor;
+mod trace;
+mod worker;
+pub mod workflow;
+
+pub use client::{Flows, FlowsError, workflow_id};
+pub use config::{FlowsConfig, WorkerTuning};
+pub use driver::{DispatchOrder, Driver, DriverError, Heart, ModelOrder, ModelOutcome, Step};
+pub use worker::run_worker;

@@ -1,1 +1,36 @@
+//! Postgres: what was accepted and committed. The only crate that names sqlx.
+//!
+//! Invariants: a change of an entity and the event that tells of it are one transaction; whatever changes a chat holds the
+//! chat's row first and a user's row last; everything done for a person is scoped by that person's id.
 
+mod approvals;
+mod attempt;
+mod chat_tx;
+mod chats;
+mod checks;
+mod daemons;
+pub mod decide;
+mod dispatch;
+mod drive;
+mod error;
+mod feed;
+mod instances;
+mod messages;
+mod model;
+mod pool;
+mod projects;
+mod relay;
+mod results;
+mod rows;
+mod secret;
+mod settle;
+mod tokens;
+mod turns;
+mod users;
+
+pub use daemons::DAEMON_SCOPE;
+pub use error::StoreError;
+pub use model::*;
+pub use pool::{Store, StoreConfig};
+
+pub type Result<T, E = StoreError> = std::result::Result<T, E>;

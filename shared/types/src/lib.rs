@@ -3,9 +3,11 @@
 pub mod code;
 pub mod id;
 pub mod limits;
+pub mod secret;
 
 pub use code::{Code, Failure};
 pub use id::*;
+pub use secret::Secret;
 
 /// The protobuf messages of `proto/reliant/v1`, without services.
 #[allow(clippy::all, clippy::unwrap_used, missing_docs)]

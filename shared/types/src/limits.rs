@@ -40,6 +40,14 @@ pub const TOOL_RESULT_MAX_BYTES: usize = 48 * 1024;
 pub const TOOL_OUTPUT_KEEP_MAX_BYTES: u64 = 64 * 1024 * 1024;
 pub const TOOL_TIMEOUT: Duration = Duration::from_secs(120);
 pub const TOOL_TIMEOUT_MAX: Duration = Duration::from_secs(60 * 60);
+/// How long past its timeout a sent call waits for a daemon that is away; then its outcome is unknown.
+pub const TOOL_AWAY_MAX: Duration = Duration::from_secs(2 * 60 * 60);
+/// A dispatch that the daemon has not confirmed is sent again after so long.
+pub const REDISPATCH_AFTER: Duration = Duration::from_secs(5);
+/// A call that runs this much past its timeout is asked for again: its daemon re-attaches or offers the result.
+pub const REATTACH_AFTER: Duration = Duration::from_secs(30);
+/// Messages of a chat that one model call reads at most, before the model's window shortens them further.
+pub const HISTORY_MESSAGES_MAX: i64 = 1000;
 /// Tools one daemon declares; further ones are refused with a sentence.
 pub const DAEMON_TOOLS_MAX: usize = 1024;
 /// Calls that run at one time on one daemon.

@@ -1,0 +1,99 @@
+# One vocabulary for people and CI: `make help` prints it. Logic lives in xtask; a recipe only says what runs.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+export CARGO_TARGET_DIR ?= $(HOME)/.cache/reliant/target
+export RELIANT_CACHE ?= $(HOME)/.cache/reliant/tools
+# Passed on by `up`, `demo` and `test`.
+export ARGS ?=
+
+BIN := $(CARGO_TARGET_DIR)/debug
+WEB := services/web
+BROWSER := tests/browser
+
+.PHONY: help up demo test bench lint fmt web web-test proto tools test-tools doctor deny sqlx build clean need-cargo need-npm
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+up: ## Install what is missing, build, start everything here, print where to go (Ctrl-C stops it; ARGS="--reset" starts anew)
+	@$(MAKE) -j2 tools build
+	@exec $(BIN)/reliant up $(ARGS)
+
+demo: ## The whole way once without a terminal; fails if anything is off (ARGS="your own message")
+	@$(MAKE) -j2 tools build
+	@if [ -n "$$ARGS" ]; then exec $(BIN)/reliant demo -- "$$ARGS"; else exec $(BIN)/reliant demo; fi
+
+test: ## Everything that is checked, over real servers, processes and a browser (ARGS="a test's name" runs only those)
+	@$(MAKE) -j2 test-tools lint
+	@$(BIN)/xtask sqlx --check
+	@$(BIN)/xtask test $(ARGS)
+
+bench: web tools ## Measure it, in release (9 minutes to build); JSON to $BENCH_OUT
+	@echo "building in release; from nothing this takes about 9 minutes on two cores"
+	@cargo build --workspace --release
+	@$(CARGO_TARGET_DIR)/release/reliant-bench $(ARGS)
+
+lint: web-test proto ## Formatting, clippy, page, protobuf, import directions, paths named in docs
+	@cargo fmt --all --check || { echo "error: the code is not formatted; run \`make fmt\`"; exit 1; }
+	@cargo clippy --workspace --all-targets --quiet -- -D warnings
+	@$(MAKE) build
+	@$(BIN)/xtask check
+
+fmt: need-cargo ## Format the Rust code
+	@cargo fmt --all
+
+web: $(WEB)/dist/main.js ## Build the page into services/web/dist
+
+web-test: web $(BROWSER)/node_modules/.package-lock.json ## Type-check and test the page
+	@cd $(WEB) && npm run --silent check && npm run --silent test
+
+proto: $(WEB)/node_modules/.package-lock.json ## buf lint
+	@cd $(WEB) && npm run --silent lint:proto
+
+tools: ## Install the servers this machine lacks: Temporal, NATS, Postgres, an MCP server
+	@command -v python3 >/dev/null || { echo "error: python3 was not found; install Python 3.10 or later and run it again" >&2; exit 1; }
+	@python3 xtask/provision/provision.py servers
+
+test-tools: ## Install what the tests need beside them: Chromium, MCP servers, a foreign gRPC client
+	@command -v python3 >/dev/null || { echo "error: python3 was not found; install Python 3.10 or later and run it again" >&2; exit 1; }
+	@python3 xtask/provision/provision.py servers tests
+
+doctor: build ## Say what is reachable, what is wrong, and what to do
+	@$(BIN)/reliant doctor
+
+sqlx: build tools ## Write .sqlx anew from the queries and the migrations
+	@$(BIN)/xtask sqlx
+
+deny: need-cargo ## Licences, sources and banned crates (installs cargo-deny on first use, some minutes)
+	@cargo deny --version >/dev/null 2>&1 || cargo install --locked cargo-deny
+	@cargo deny check bans licenses sources
+
+clean: ## Remove what was built; installed tools and data stay
+	@rm -rf $(WEB)/dist $(WEB)/gen $(WEB)/.test $(WEB)/node_modules $(BROWSER)/node_modules
+	@cargo clean --quiet
+
+# ---- parts
+
+build: web need-cargo
+	@[ -x $(BIN)/reliant ] || echo "building; from nothing this takes about 3 minutes on two cores"
+	@cargo build --workspace
+
+need-cargo:
+	@command -v cargo >/dev/null || { echo "error: cargo was not found; install Rust (https://rustup.rs) and run it again" >&2; exit 1; }
+
+need-npm:
+	@command -v npm >/dev/null || { echo "error: npm was not found; install Node.js 20 or later (https://nodejs.org) and run it again" >&2; exit 1; }
+
+%/node_modules/.package-lock.json: %/package.json %/package-lock.json | need-npm
+	@echo "installing the packages of $* from npm"
+	@cd $* && npm ci --ignore-scripts --no-audit --no-fund --silent || { echo "error: npm could not install the packages of $*; check the network and run it again" >&2; exit 1; }
+	@touch $@
+
+$(WEB)/dist/main.js: $(WEB)/node_modules/.package-lock.json $(wildcard $(WEB)/src/*.ts $(WEB)/static/* proto/reliant/v1/*.proto) $(WEB)/build.mjs $(WEB)/buf.gen.yaml buf.yaml
+	@cd $(WEB) && npm run --silent generate && npm run --silent build
+	@touch $@

@@ -1,0 +1,110 @@
+//! Figures with their goals.
+
+use std::{collections::BTreeMap, path::Path, time::Duration};
+
+use anyhow::{Context as _, Result};
+use serde_json::json;
+
+pub struct Report {
+    values: BTreeMap<String, f64>,
+    notes: Vec<String>,
+}
+
+/// Sorted samples.
+pub struct Samples(Vec<f64>);
+
+impl Samples {
+    pub fn of(times: impl IntoIterator<Item = Duration>, unit: f64) -> Self {
+        Self::plain(times.into_iter().map(|time| time.as_secs_f64() * unit))
+    }
+
+    pub fn plain(values: impl IntoIterator<Item = f64>) -> Self {
+        let mut values: Vec<f64> = values.into_iter().collect();
+        values.sort_by(f64::total_cmp);
+        Self(values)
+    }
+
+    pub fn at(&self, share: f64) -> f64 {
+        if self.0.is_empty() {
+            return f64::NAN;
+        }
+        self.0[((self.0.len() - 1) as f64 * share).round() as usize]
+    }
+
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+}
+
+pub const MS: f64 = 1e3;
+pub const US: f64 = 1e6;
+
+#[expect(clippy::print_stdout, reason = "the table is the output")]
+impl Report {
+    pub fn new() -> Self {
+        Self { values: BTreeMap::new(), notes: Vec::new() }
+    }
+
+    pub fn say(&mut self, note: &str) {
+        println!("  {note}");
+        self.notes.push(note.to_owned());
+    }
+
+    pub fn set(&mut self, key: &str, value: f64) {
+        println!("  {key:<34} {value:>10.2}");
+        self.values.insert(key.to_owned(), (value * 1000.0).round() / 1000.0);
+    }
+
+    fn get(&self, key: &str) -> Option<f64> {
+        self.values.get(key).copied().filter(|value| value.is_finite())
+    }
+
+    /// Each goal, and whether it was met.
+    pub fn goals(&mut self) {
+        let (tool, floor) = (self.get("tool_turn_ms_p50"), self.get("temporal_floor_ms_p50"));
+        let ratio = tool.zip(floor).map(|(tool, floor)| tool / floor);
+        let trip = self.get("tool_round_trip_us_p50");
+        let net = trip.zip(self.get("fdatasync_us_p50")).map(|(trip, sync)| trip - 2.0 * sync);
+        let over_nats = net.zip(self.get("nats_round_trip_us_p50")).map(|(net, nats)| net / nats);
+        if let Some(ratio) = ratio {
+            self.set("tool_turn_over_floor", ratio);
+        }
+        if let Some(over_nats) = over_nats {
+            self.set("tool_round_trip_less_syncs_over_nats", over_nats);
+        }
+        println!();
+        let below = |what: &str, value: Option<f64>, goal: f64| (what.to_owned(), value, goal, true);
+        let above = |what: &str, value: Option<f64>, goal: f64| (what.to_owned(), value, goal, false);
+        let goals = [
+            below("one-tool turn p50, ms", tool, 60.0),
+            below("one-tool turn p50 over the floor", ratio, 1.6),
+            below("first token p50, ms", self.get("first_token_ms_p50"), 30.0),
+            above("plain turns/s at 32 chats", self.get("turns_per_s_32"), 40.0),
+            above("one-tool turns/s at 32 chats", self.get("tool_turns_per_s_32"), 25.0),
+            below("tool round trip less two syncs, over raw NATS", over_nats, 5.0),
+            below("tool round trip, us", trip, 3000.0),
+            below("a piece of text to the client p50, ms", self.get("chunk_ms_p50"), 3.0),
+            below("a piece at 200/s p50, ms", self.get("chunk_200_ms_p50"), 3.0),
+            below("gateway memory per daemon, KiB", self.get("gateway_kib_per_daemon"), 64.0),
+        ];
+        for (what, value, goal, less) in goals {
+            let Some(value) = value else { continue };
+            let met = if less { value < goal } else { value >= goal };
+            let sign = if less { "<" } else { "≥" };
+            println!("  {} {what}: {value:.2} (goal {sign} {goal})", if met { "met   " } else { "MISSED" });
+        }
+    }
+
+    pub fn write(&self, path: &Path) -> Result<()> {
+        if let Some(dir) = path.parent() {
+            std::fs::create_dir_all(dir)?;
+        }
+        let mut flat: serde_json::Map<String, serde_json::Value> =
+            self.values.iter().map(|(key, value)| (key.clone(), json!(value))).collect();
+        flat.insert("otlp".into(), json!("off"));
+        std::fs::write(path, serde_json::to_vec_pretty(&flat)?)
+            .with_context(|| format!("could not write {}", path.display()))?;
+        println!("  written to {}", path.display());
+        Ok(())
+    }
+}

@@ -1,0 +1,125 @@
+//! Whole turns: one at a time for their times, 32 chats at a time for the rate and the CPU of each process.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use anyhow::{Result, ensure};
+use reliant_client::{ChatSession, TurnReport};
+use reliant_devstack::{Server, cpu_ms};
+use reliant_harness::Rig;
+use reliant_types::{ChatId, pb};
+
+use crate::{
+    Bench,
+    report::{MS, Report, Samples},
+};
+
+pub const PLAIN: &str = "sim/text?tokens=20";
+const TOOL: &str = "sim/tool?tool=noop&args=%7B%7D";
+const WARM_UP: usize = 10;
+const ONE_BY_ONE: usize = 100;
+const CHATS: usize = 32;
+const RATE_TIME: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
+
+pub async fn run(bench: &Bench, report: &mut Report) -> Result<()> {
+    let plain = one_by_one(bench, PLAIN).await?;
+    let first = Samples::of(plain.iter().filter_map(TurnReport::first_token), MS);
+    ensure!(first.len() == plain.len(), "a turn had no live text");
+    report.set("first_token_ms_p50", first.at(0.5));
+    report.set("first_token_ms_p95", first.at(0.95));
+    report.set("plain_turn_ms_p50", Samples::of(plain.iter().map(TurnReport::total), MS).at(0.5));
+    let tool = one_by_one(bench, TOOL).await?;
+    ensure!(tool.iter().all(|turn| turn.tool_calls.len() == 1), "a turn did not have one call");
+    let tool = Samples::of(tool.iter().map(TurnReport::total), MS);
+    report.set("tool_turn_ms_p50", tool.at(0.5));
+    report.set("tool_turn_ms_p95", tool.at(0.95));
+
+    let before = cpu(&bench.rig).await?;
+    let (turns, rate) = at_once(bench, PLAIN).await?;
+    report.set("turns_per_s_32", rate);
+    for ((role, before), (_, after)) in before.into_iter().zip(cpu(&bench.rig).await?) {
+        report.set(&format!("cpu_ms_per_turn_{role}"), (after - before) / turns as f64);
+    }
+    let before = cpu(&bench.rig).await?;
+    let (turns, rate) = at_once(bench, TOOL).await?;
+    report.set("tool_turns_per_s_32", rate);
+    for ((role, before), (_, after)) in before.into_iter().zip(cpu(&bench.rig).await?) {
+        report.set(&format!("cpu_ms_per_tool_turn_{role}"), (after - before) / turns as f64);
+    }
+    Ok(())
+}
+
+async fn session(bench: &Bench, model: &str) -> Result<ChatSession> {
+    let chat: ChatId = bench.ada.chat(model, pb::ChatMode::Auto).await?.id.parse()?;
+    Ok(bench.ada.client.open(chat).await?)
+}
+
+async fn one_by_one(bench: &Bench, model: &str) -> Result<Vec<TurnReport>> {
+    let mut session = session(bench, model).await?;
+    let mut reports = Vec::with_capacity(ONE_BY_ONE);
+    for number in 0..WARM_UP + ONE_BY_ONE {
+        let report = session.send_and_wait("go", PATIENCE).await?;
+        ensure!(report.succeeded(), "a turn failed: {:?}", report.turn);
+        ensure!(report.verification.is_clean(), "the stream broke its promise: {:?}", report.verification);
+        if number >= WARM_UP {
+            reports.push(report);
+        }
+    }
+    Ok(reports)
+}
+
+/// Turns done, and turns per second.
+async fn at_once(bench: &Bench, model: &str) -> Result<(usize, f64)> {
+    let mut sessions = Vec::with_capacity(CHATS);
+    for _ in 0..CHATS {
+        sessions.push(session(bench, model).await?);
+    }
+    let done = Arc::new(AtomicUsize::new(0));
+    let begun = Instant::now();
+    let work = sessions.into_iter().map(|mut session| {
+        let done = done.clone();
+        tokio::spawn(async move {
+            while begun.elapsed() < RATE_TIME {
+                let report = session.send_and_wait("go", PATIENCE).await?;
+                ensure!(report.succeeded(), "a turn failed: {:?}", report.turn);
+                ensure!(report.verification.is_clean(), "the stream broke its promise: {:?}", report.verification);
+                done.fetch_add(1, Ordering::Relaxed);
+            }
+            Ok(())
+        })
+    });
+    for result in futures::future::join_all(work).await {
+        result??;
+    }
+    let done = done.load(Ordering::Relaxed);
+    Ok((done, done as f64 / begun.elapsed().as_secs_f64()))
+}
+
+/// CPU milliseconds used so far, by process.
+async fn cpu(rig: &Rig) -> Result<Vec<(&'static str, f64)>> {
+    let shared = Rig::shared_servers().await?;
+    let of = |pid: Option<u32>| pid.map_or(0.0, cpu_ms);
+    let all = |roles: &[reliant_devstack::RoleProcess]| roles.iter().map(|role| cpu_ms(role.pid())).sum();
+    Ok(vec![
+        ("api", all(&rig.mesh.apis)),
+        ("worker", all(&rig.mesh.workers)),
+        ("gateway", all(&rig.mesh.gateways)),
+        ("model_sim", cpu_ms(rig.mesh.sim.pid())),
+        ("temporal", of(shared.pid(Server::Temporal))),
+        ("postgres", shared.pid(Server::Postgres).map_or(0.0, family_cpu_ms)),
+        ("nats", of(rig.nats.pid(Server::Nats))),
+        ("client", cpu_ms(std::process::id())),
+    ])
+}
+
+/// Of a process and its children that still live.
+fn family_cpu_ms(pid: u32) -> f64 {
+    let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    cpu_ms(pid) + children.split_whitespace().filter_map(|child| child.parse().ok()).map(cpu_ms).sum::<f64>()
+}

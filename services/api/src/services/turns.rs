@@ -1,0 +1,77 @@
+//! Turns: looked at, and cancelled. A cancel goes two ways at once: through Postgres and a wake, which is certain, and
+//! straight to the producer and the daemons, which is fast.
+
+use std::{sync::Arc, time::Duration};
+
+use futures::StreamExt as _;
+use reliant_bus::{CancelSubject, ToolSubject};
+use reliant_middleware::Principal;
+use reliant_rpc::turn_service_server::TurnService;
+use reliant_store::{CancelCall, CancelOutcome};
+use reliant_telemetry::{TraceContext, hop_span};
+use reliant_types::{Failure, TurnId, pb};
+
+use crate::app::{self, App, refused, service};
+
+/// A daemon that does not answer hears it again from a worker.
+const CANCEL_TIMEOUT: Duration = Duration::from_secs(3);
+const CANCELS_AT_ONCE: usize = 16;
+
+pub struct Turns(pub Arc<App>);
+
+service!(TurnService for Turns {
+    get_turn(GetTurnRequest) -> GetTurnResponse = get;
+    cancel_turn(CancelTurnRequest) -> CancelTurnResponse = cancel;
+});
+
+impl Turns {
+    async fn get(&self, caller: Principal, request: pb::GetTurnRequest) -> Result<pb::GetTurnResponse, Failure> {
+        let turn = app::id::<TurnId>("turn_id", &request.turn_id)?;
+        let (turn, tool_calls) = self.0.deps.store.get_turn(caller.user, turn).await.map_err(refused)?;
+        Ok(pb::GetTurnResponse { turn: Some(turn), tool_calls })
+    }
+
+    async fn cancel(
+        &self,
+        caller: Principal,
+        request: pb::CancelTurnRequest,
+    ) -> Result<pb::CancelTurnResponse, Failure> {
+        let turn = app::id::<TurnId>("turn_id", &request.turn_id)?;
+        let committed = self.0.deps.store.request_cancel(caller.user, turn).await.map_err(refused)?;
+        let CancelOutcome { turn, producer, calls } = self.0.effects.after(committed);
+        if producer.is_some() || !calls.is_empty() {
+            let trace = hop_span(tracing::info_span!("turn.cancel", turn.id = %turn.id));
+            let (app, turn_id) = (self.0.clone(), turn.id.clone());
+            self.0.effects.spawn("cancel", async move {
+                if let Some(producer) = producer {
+                    let subject = CancelSubject { producer: producer.into() };
+                    let hint = pb::CancelTurnHint { turn_id };
+                    if let Err(error) = app.effects.bus().publish_with(&trace, &subject, &hint).await {
+                        tracing::debug!(%error, "a producer was not told of a cancel; its next write will tell it");
+                    }
+                }
+                let cancels = calls.into_iter().map(|call| cancel_call(&app, &trace, call));
+                futures::stream::iter(cancels).buffer_unordered(CANCELS_AT_ONCE).collect::<()>().await;
+            });
+        }
+        Ok(pb::CancelTurnResponse { turn: Some(turn) })
+    }
+}
+
+async fn cancel_call(app: &App, trace: &TraceContext, call: CancelCall) {
+    let cancel = pb::CancelCall { call_id: call.call.to_string(), generation: call.generation };
+    let request = pb::ToolRequest { request: Some(pb::tool_request::Request::Cancel(cancel)) };
+    let subject = ToolSubject { daemon: call.daemon };
+    let reply = match app.effects.bus().request_with(trace, &subject, &request, CANCEL_TIMEOUT).await {
+        Ok(pb::ToolReply { reply: Some(pb::tool_reply::Reply::Cancel(reply)) }) => reply,
+        Ok(_) => return,
+        Err(error) => {
+            tracing::debug!(%error, tool.call_id = %call.call, "a daemon was not told of a cancel; a worker tells it again");
+            return;
+        }
+    };
+    match app.deps.store.cancel_replied(call.call, call.generation, &reply).await {
+        Ok(committed) => app.effects.after(committed),
+        Err(error) => drop(refused(error)),
+    }
+}

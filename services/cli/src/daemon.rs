@@ -1,0 +1,165 @@
+//! `reliant daemon …`: identity, start, and a look at the one that runs.
+
+use std::{
+    io::{Read as _, Seek as _, SeekFrom},
+    path::PathBuf,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail};
+use reliant_daemon::{DaemonConfig, RootConfig};
+use reliant_runtime::{Drain, InstanceId};
+use reliant_types::{Secret, pb};
+
+use crate::{
+    args::{DaemonCommand, DaemonLogsArgs, DaemonRegisterArgs, DaemonStartArgs, DaemonState, DaemonTrustArgs, Global},
+    config::Config,
+    front, server,
+    up::{hostname, say, write_private},
+};
+
+const STOP_PATIENCE: Duration = Duration::from_secs(30);
+const TOKEN_FILE: &str = "token";
+const FOLLOW_INTERVAL: Duration = Duration::from_millis(250);
+const LOG_TAIL_MAX_BYTES: u64 = 4 * 1024 * 1024;
+
+pub async fn run(global: Global, command: DaemonCommand) -> Result<()> {
+    match command {
+        DaemonCommand::Register(args) => register(global, args).await,
+        DaemonCommand::Start(args) => start(global, args).await,
+        DaemonCommand::Status(state) => status(&global, &state),
+        DaemonCommand::Stop(state) => {
+            let pid = reliant_daemon::stop(&state_dir(&global, &state)?, STOP_PATIENCE).await?;
+            say(&format!("the daemon (process {pid}) stopped"));
+            Ok(())
+        }
+        DaemonCommand::Logs(args) => logs(&global, args).await,
+        DaemonCommand::Trust(args) => trust(&global, args),
+    }
+}
+
+fn state_dir(global: &Global, state: &DaemonState) -> Result<PathBuf> {
+    if let Some(dir) = &state.state_dir {
+        return Ok(dir.clone());
+    }
+    let configured = Config::load(global)?.daemon.state_dir;
+    if configured.as_os_str().is_empty() { Ok(DaemonConfig::default_state_dir()?) } else { Ok(configured) }
+}
+
+async fn register(global: Global, args: DaemonRegisterArgs) -> Result<()> {
+    let client = front::connect(&args.front).await?;
+    let name = args.name.unwrap_or_else(hostname);
+    let made = client.register_daemon(pb::RegisterDaemonRequest { name: name.clone(), replace: args.replace }).await?;
+    let path = state_dir(&global, &args.state)?.join(TOKEN_FILE);
+    write_private(&path, made.token.as_bytes())?;
+    say(&format!("registered '{name}' as {}", made.daemon_id));
+    say(&format!("its token is kept in {} and is not shown again", path.display()));
+    say("start it with: reliant daemon start");
+    Ok(())
+}
+
+async fn start(global: Global, args: DaemonStartArgs) -> Result<()> {
+    let mut config = Config::load(&global)?;
+    config.daemon.state_dir = state_dir(&global, &args.state)?;
+    if let Some(gateway) = args.gateway {
+        config.daemon.gateway = gateway;
+    }
+    if args.no_landlock {
+        config.daemon.landlock = false;
+    }
+    if !args.root.is_empty() {
+        config.daemon.roots = args.root.iter().map(|root| parse_root(root)).collect::<Result<_>>()?;
+    }
+    if config.daemon.token.is_empty() {
+        let path = config.daemon.state_dir.join(TOKEN_FILE);
+        let token = std::fs::read_to_string(&path)
+            .with_context(|| format!("no token in {}; run `reliant daemon register` first", path.display()))?;
+        config.daemon.token = Secret::new(token.trim());
+    }
+    if args.reset_journal {
+        reliant_daemon::reset_journal(&config.daemon.state_dir)?;
+    }
+    let guard = server::telemetry(&config, "reliant-daemon", InstanceId::new())?;
+    let drain = Drain::new();
+    drain.watch_signals().context("could not listen for signals")?;
+    let daemon = reliant_daemon::build(config.daemon).await?;
+    daemon.run(drain.token()).await?;
+    guard.shutdown();
+    Ok(())
+}
+
+/// `NAME=DIR` or `DIR`.
+fn parse_root(text: &str) -> Result<RootConfig> {
+    let (name, path) = text.split_once('=').unwrap_or(("", text));
+    let path = std::fs::canonicalize(path).with_context(|| format!("the root {path} cannot be opened"))?;
+    Ok(RootConfig { name: name.to_owned(), path })
+}
+
+fn status(global: &Global, state: &DaemonState) -> Result<()> {
+    let dir = state_dir(global, state)?;
+    let Some(status) = reliant_daemon::status(&dir)? else {
+        bail!("no daemon runs with {}; start one with `reliant daemon start`", dir.display());
+    };
+    let state = if status.connected { "connected" } else { "not connected" };
+    say(&format!(
+        "{} (process {}, version {}): {state} to {}",
+        status.name, status.pid, status.version, status.gateway
+    ));
+    if !status.last_error.is_empty() && !status.connected {
+        say(&format!("  last error: {}", status.last_error));
+    }
+    for root in &status.roots {
+        say(&format!("  root {}: {}", root.name, root.path.display()));
+    }
+    say(&format!("  tools: {}", status.tools.join(", ")));
+    for server in &status.mcp {
+        say(&format!(
+            "  MCP server {} ({}): {}, {} tools {}",
+            server.server, server.root, server.state, server.tools, server.error
+        ));
+    }
+    say(&format!("  Landlock: {}", if status.landlock { "on" } else { "off" }));
+    for call in &status.running {
+        say(&format!("  running: {} {} since {}", call.tool, call.call_id, call.started_at));
+    }
+    say(&format!("  results not acknowledged: {}; journal: {} bytes", status.unacknowledged, status.journal_bytes));
+    Ok(())
+}
+
+async fn logs(global: &Global, args: DaemonLogsArgs) -> Result<()> {
+    let path = reliant_daemon::log_path(&state_dir(global, &args.state)?);
+    let mut file = std::fs::File::open(&path)
+        .with_context(|| format!("there is no log at {}; has the daemon run?", path.display()))?;
+    let length = file.metadata()?.len();
+    file.seek(SeekFrom::Start(length.saturating_sub(LOG_TAIL_MAX_BYTES)))?;
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes)?;
+    let text = String::from_utf8_lossy(&bytes);
+    let lines: Vec<&str> = text.lines().collect();
+    for line in &lines[lines.len().saturating_sub(args.lines)..] {
+        say(line);
+    }
+    while args.follow {
+        tokio::time::sleep(FOLLOW_INTERVAL).await;
+        let mut more = Vec::new();
+        file.read_to_end(&mut more)?;
+        for line in String::from_utf8_lossy(&more).lines() {
+            say(line);
+        }
+    }
+    Ok(())
+}
+
+fn trust(global: &Global, args: DaemonTrustArgs) -> Result<()> {
+    let dir = state_dir(global, &args.state)?;
+    let root = std::fs::canonicalize(&args.root)
+        .with_context(|| format!("the directory {} cannot be opened", args.root.display()))?;
+    let trusted = reliant_daemon::trust(&dir, &root, args.server.as_deref())?;
+    if trusted.is_empty() {
+        say("nothing to trust: .mcp.json names no server that was not trusted before");
+    }
+    for server in trusted {
+        say(&format!("trusted: {server}; it may start from now on, until its entry in .mcp.json changes"));
+    }
+    Ok(())
+}

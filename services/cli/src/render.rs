@@ -1,0 +1,366 @@
+//! Writes a chat's updates to a terminal as they come. Knows what it has printed, so that committed text only adds
+//! what live text lacked, and a restarted attempt says so.
+
+use std::{collections::HashMap, io::Write};
+
+use reliant_client::ClientUpdate;
+use reliant_types::pb;
+
+/// Longest shown form of a call's arguments and of an output line.
+const SHOWN_CHARS_MAX: usize = 400;
+/// Output lines shown of one call; the rest is counted.
+const SHOWN_OUTPUT_LINES_MAX: usize = 40;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Style {
+    Plain,
+    Dim,
+    Bold,
+    Red,
+    Green,
+    Yellow,
+}
+
+#[derive(Debug, Default)]
+struct ToolShown {
+    lines: usize,
+    partial: Vec<u8>,
+    bytes: i64,
+    status: i32,
+}
+
+/// What the caller may have to act on.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Seen {
+    Nothing,
+    ApprovalAsked(pb::Approval),
+    TurnEnded(pb::Turn),
+}
+
+pub struct Renderer<W> {
+    out: W,
+    colour: bool,
+    /// Printed bytes of a message's block, and the epoch they belong to.
+    printed: HashMap<(String, i32), (i64, i64)>,
+    tools: HashMap<String, ToolShown>,
+    tool_names: HashMap<String, String>,
+    at_line_start: bool,
+    in_thinking: bool,
+}
+
+impl<W: Write> Renderer<W> {
+    pub fn new(out: W, colour: bool) -> Self {
+        Self {
+            out,
+            colour,
+            printed: HashMap::new(),
+            tools: HashMap::new(),
+            tool_names: HashMap::new(),
+            at_line_start: true,
+            in_thinking: false,
+        }
+    }
+
+    pub fn update(&mut self, update: &ClientUpdate) -> std::io::Result<Seen> {
+        let seen = match update {
+            ClientUpdate::Delta(delta) => {
+                self.delta(delta)?;
+                Seen::Nothing
+            }
+            ClientUpdate::Event(event) => self.event(event)?,
+            ClientUpdate::Snapshot(snapshot) => {
+                for message in &snapshot.messages {
+                    self.message(message)?;
+                }
+                let pending = snapshot.approvals.iter().find(|a| a.status() == pb::ApprovalStatus::Pending);
+                pending.map_or(Seen::Nothing, |approval| Seen::ApprovalAsked(approval.clone()))
+            }
+            ClientUpdate::Reconnected => {
+                self.line(Style::Dim, "… reconnected")?;
+                Seen::Nothing
+            }
+            _ => Seen::Nothing,
+        };
+        self.out.flush()?;
+        Ok(seen)
+    }
+
+    fn event(&mut self, event: &pb::ChatEvent) -> std::io::Result<Seen> {
+        use pb::chat_event::Kind;
+        match &event.kind {
+            Some(Kind::MessageStarted(started)) if started.restarted => {
+                self.line(Style::Yellow, "… the attempt was lost; the model starts this message again")?;
+                self.printed.retain(|(target, _), _| *target != started.message_id);
+            }
+            Some(Kind::MessageCommitted(message)) => self.message(message)?,
+            Some(Kind::ToolCallChanged(changed)) => {
+                if let Some(call) = &changed.tool_call {
+                    self.tool_call(call)?;
+                }
+            }
+            Some(Kind::ApprovalChanged(approval)) if approval.status() == pb::ApprovalStatus::Pending => {
+                return Ok(Seen::ApprovalAsked(approval.clone()));
+            }
+            Some(Kind::TurnChanged(turn)) => match turn.status() {
+                pb::TurnStatus::Succeeded | pb::TurnStatus::Cancelled => return Ok(Seen::TurnEnded(turn.clone())),
+                pb::TurnStatus::Failed => {
+                    self.line(Style::Red, &format!("✗ {} ({})", turn.error_message, turn.error_code))?;
+                    return Ok(Seen::TurnEnded(turn.clone()));
+                }
+                pb::TurnStatus::WaitingDaemon => {
+                    self.line(Style::Yellow, "… the daemon is away; the turn goes on when it is back")?;
+                }
+                _ => {}
+            },
+            _ => {}
+        }
+        Ok(Seen::Nothing)
+    }
+
+    fn delta(&mut self, delta: &pb::Delta) -> std::io::Result<()> {
+        let Some(block) = &delta.block else { return Ok(()) };
+        match block.kind() {
+            pb::StreamKind::Text | pb::StreamKind::Thinking => {
+                let thinking = block.kind() == pb::StreamKind::Thinking;
+                let key = (block.target_id.clone(), block.block);
+                let (epoch, length) = self.printed.get(&key).copied().unwrap_or((delta.epoch, 0));
+                if delta.epoch < epoch || delta.offset != length && delta.epoch == epoch {
+                    return Ok(());
+                }
+                self.switch(thinking)?;
+                let text = String::from_utf8_lossy(&delta.piece).into_owned();
+                self.write(if thinking { Style::Dim } else { Style::Plain }, &text)?;
+                self.printed.insert(key, (delta.epoch, delta.offset + delta.piece.len() as i64));
+            }
+            pb::StreamKind::Stdout | pb::StreamKind::Stderr => self.output(&block.target_id, &delta.piece)?,
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn switch(&mut self, thinking: bool) -> std::io::Result<()> {
+        if thinking != self.in_thinking {
+            self.fresh_line()?;
+            self.in_thinking = thinking;
+        }
+        Ok(())
+    }
+
+    fn message(&mut self, message: &pb::Message) -> std::io::Result<()> {
+        match message.role() {
+            pb::Role::Notice => {
+                let text = plain_text(message);
+                return self.line(Style::Yellow, &format!("ℹ {text}"));
+            }
+            pb::Role::Assistant => {}
+            _ => return Ok(()),
+        }
+        for block in &message.blocks {
+            match &block.block {
+                Some(pb::content_block::Block::Text(text)) => {
+                    let key = (message.id.clone(), block.position);
+                    let done = self.printed.remove(&key).map_or(0, |(_, length)| length) as usize;
+                    if let Some(rest) = text.text.get(done..) {
+                        self.switch(false)?;
+                        self.write(Style::Plain, rest)?;
+                    }
+                }
+                Some(pb::content_block::Block::ToolUse(call)) => {
+                    self.tool_names.insert(call.tool_call_id.clone(), call.tool.clone());
+                    self.line(Style::Bold, &format!("● {} {}", call.tool, shorten(&call.input_json)))?;
+                }
+                _ => {}
+            }
+        }
+        self.fresh_line()
+    }
+
+    fn tool_call(&mut self, call: &pb::ToolCall) -> std::io::Result<()> {
+        use pb::ToolCallStatus::{Cancelled, Failed, OutcomeUnknown, Succeeded, TimedOut};
+        let before = std::mem::replace(&mut self.tools.entry(call.id.clone()).or_default().status, call.status);
+        if before == call.status || !matches!(call.status(), Succeeded | Failed | Cancelled | TimedOut | OutcomeUnknown)
+        {
+            return Ok(());
+        }
+        self.end_of_output(&call.id)?;
+        let shown = self.tools.get(&call.id).map_or(0, |t| t.bytes);
+        if shown == 0 && !call.result.is_empty() {
+            self.output(&call.id, call.result.as_bytes())?;
+            self.end_of_output(&call.id)?;
+        }
+        let exit = call.exit_code.map_or(String::new(), |code| format!(", exit code {code}"));
+        let (style, sign, word) = match call.status() {
+            Succeeded if !call.is_error => (Style::Green, "✓", "done"),
+            Succeeded => (Style::Yellow, "✗", "answered with an error"),
+            Failed => (Style::Red, "✗", "failed"),
+            Cancelled => (Style::Yellow, "✗", "cancelled"),
+            TimedOut => (Style::Red, "✗", "timed out"),
+            _ => (Style::Red, "?", "outcome unknown: it cannot be known whether it ran to its end"),
+        };
+        self.line(style, &format!("{sign} {} {word}{exit}", call.tool))
+    }
+
+    fn output(&mut self, call: &str, piece: &[u8]) -> std::io::Result<()> {
+        let shown = self.tools.entry(call.to_owned()).or_default();
+        shown.bytes += piece.len() as i64;
+        shown.partial.extend_from_slice(piece);
+        let mut lines = Vec::new();
+        while let Some(end) = shown.partial.iter().position(|byte| *byte == b'\n') {
+            let line: Vec<u8> = shown.partial.drain(..=end).collect();
+            shown.lines += 1;
+            if shown.lines <= SHOWN_OUTPUT_LINES_MAX {
+                lines.push(String::from_utf8_lossy(&line).trim_end().to_owned());
+            }
+        }
+        // A line without an end must not grow for ever.
+        if shown.partial.len() > 4 * SHOWN_CHARS_MAX {
+            shown.partial.truncate(SHOWN_CHARS_MAX);
+        }
+        for line in lines {
+            self.line(Style::Dim, &format!("  │ {}", shorten(&line)))?;
+        }
+        Ok(())
+    }
+
+    fn end_of_output(&mut self, call: &str) -> std::io::Result<()> {
+        let Some(shown) = self.tools.get_mut(call) else { return Ok(()) };
+        let partial = String::from_utf8_lossy(&std::mem::take(&mut shown.partial)).into_owned();
+        let hidden = shown.lines.saturating_sub(SHOWN_OUTPUT_LINES_MAX);
+        if !partial.is_empty() && hidden == 0 {
+            self.line(Style::Dim, &format!("  │ {}", shorten(&partial)))?;
+        }
+        if hidden > 0 {
+            self.line(Style::Dim, &format!("  │ … {hidden} more lines"))?;
+        }
+        Ok(())
+    }
+
+    /// A line of its own, from the program and not from the model.
+    pub fn notice(&mut self, text: &str) -> std::io::Result<()> {
+        self.line(Style::Dim, text)?;
+        self.out.flush()
+    }
+
+    fn fresh_line(&mut self) -> std::io::Result<()> {
+        if !self.at_line_start {
+            writeln!(self.out)?;
+            self.at_line_start = true;
+        }
+        Ok(())
+    }
+
+    fn line(&mut self, style: Style, text: &str) -> std::io::Result<()> {
+        self.fresh_line()?;
+        self.write(style, text)?;
+        self.fresh_line()
+    }
+
+    fn write(&mut self, style: Style, text: &str) -> std::io::Result<()> {
+        if text.is_empty() {
+            return Ok(());
+        }
+        let text = printable(text);
+        let code = match style {
+            Style::Plain => "",
+            Style::Dim => "\x1b[2m",
+            Style::Bold => "\x1b[1m",
+            Style::Red => "\x1b[31m",
+            Style::Green => "\x1b[32m",
+            Style::Yellow => "\x1b[33m",
+        };
+        if self.colour && !code.is_empty() {
+            write!(self.out, "{code}{text}\x1b[0m")?;
+        } else {
+            write!(self.out, "{text}")?;
+        }
+        self.at_line_start = text.ends_with('\n');
+        Ok(())
+    }
+}
+
+/// A model's or a tool's text must not steer the terminal: control characters other than newline and tab are shown as
+/// pictures.
+fn printable(text: &str) -> String {
+    text.chars()
+        .map(|c| match c {
+            '\n' | '\t' => c,
+            c if c.is_control() => char::REPLACEMENT_CHARACTER,
+            c => c,
+        })
+        .collect()
+}
+
+fn shorten(text: &str) -> String {
+    let mut short: String = text.chars().take(SHOWN_CHARS_MAX).collect();
+    if short.len() < text.len() {
+        short.push('…');
+    }
+    short
+}
+
+/// The text blocks of a message, joined.
+pub fn plain_text(message: &pb::Message) -> String {
+    message
+        .blocks
+        .iter()
+        .filter_map(|block| match &block.block {
+            Some(pb::content_block::Block::Text(text)) => Some(text.text.as_str()),
+            _ => None,
+        })
+        .collect::<Vec<_>>()
+        .join("")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn delta(offset: i64, epoch: i64, piece: &str) -> ClientUpdate {
+        let block = pb::BlockRef { target_id: "m".into(), block: 0, kind: pb::StreamKind::Text as i32 };
+        let delta = pb::Delta {
+            block: Some(block),
+            epoch,
+            offset,
+            piece: piece.as_bytes().to_vec().into(),
+            ..Default::default()
+        };
+        ClientUpdate::Delta(delta)
+    }
+
+    fn committed(text: &str) -> ClientUpdate {
+        let block = pb::content_block::Block::Text(pb::TextBlock { text: text.into() });
+        let message = pb::Message {
+            id: "m".into(),
+            role: pb::Role::Assistant as i32,
+            blocks: vec![pb::ContentBlock { position: 0, block: Some(block) }],
+            ..Default::default()
+        };
+        let kind = pb::chat_event::Kind::MessageCommitted(message);
+        ClientUpdate::Event(pb::ChatEvent { kind: Some(kind), ..Default::default() })
+    }
+
+    fn shown(updates: &[ClientUpdate]) -> String {
+        let mut out = Vec::new();
+        let mut renderer = Renderer::new(&mut out, false);
+        for update in updates {
+            renderer.update(update).expect("a vector takes all");
+        }
+        String::from_utf8(out).expect("text")
+    }
+
+    #[test]
+    fn live_text_and_its_commit_show_the_text_once() {
+        assert_eq!(shown(&[delta(0, 1, "Hel"), delta(3, 1, "lo"), committed("Hello, you")]), "Hello, you\n");
+        assert_eq!(shown(&[committed("Hello")]), "Hello\n");
+    }
+
+    #[test]
+    fn repeated_and_outdated_pieces_are_left_out() {
+        assert_eq!(shown(&[delta(0, 2, "a"), delta(0, 2, "a"), delta(1, 1, "old"), delta(1, 2, "b")]), "ab");
+    }
+
+    #[test]
+    fn control_characters_do_not_reach_the_terminal() {
+        assert!(!shown(&[delta(0, 1, "\x1b[2J")]).contains('\x1b'));
+    }
+}

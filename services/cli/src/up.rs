@@ -1,0 +1,323 @@
+//! `reliant up`: a whole mesh on this machine. It starts the same roles as production, each as its own process.
+
+use std::{
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail};
+use reliant_devstack::{DaemonSpec, Mesh, MeshSpec, Placement, RoleProcess, Server, Stack, StackConfig, StackError};
+use reliant_middleware::Jwt;
+use reliant_runtime::Drain;
+use reliant_store::{Store, StoreConfig};
+use reliant_types::UserId;
+use serde::{Deserialize, Serialize};
+
+use crate::args::{Global, UpArgs};
+
+/// What `reliant up` leaves for other commands on this machine, readable by its person alone.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Running {
+    pub api_url: String,
+    pub token: String,
+    pub gateway_url: String,
+}
+
+const RUNNING_FILE: &str = "up.json";
+/// How long a role may take to hand over what it holds, once Ctrl-C was pressed.
+const DRAIN_PATIENCE: Duration = Duration::from_secs(20);
+const SUPERVISE_INTERVAL: Duration = Duration::from_millis(500);
+const LOCAL_SUBJECT: &str = "local";
+const LOGIN_CODE_TTL: Duration = Duration::from_secs(24 * 60 * 60);
+const TOKEN_TTL: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
+/// `--data-dir`, `RELIANT_DATA_DIR`, else the usual place.
+pub fn data_dir(given: &Option<PathBuf>) -> Result<PathBuf> {
+    if let Some(dir) = given {
+        return Ok(dir.clone());
+    }
+    if let Some(dir) = std::env::var_os("XDG_DATA_HOME").filter(|dir| !dir.is_empty()) {
+        return Ok(PathBuf::from(dir).join("reliant"));
+    }
+    let home = std::env::home_dir().filter(|dir| !dir.as_os_str().is_empty());
+    let home = home.context("there is no home directory; say where to keep data with --data-dir")?;
+    Ok(home.join(".local/share/reliant"))
+}
+
+impl Running {
+    pub fn read(data_dir: &Path) -> Option<Self> {
+        serde_json::from_slice(&std::fs::read(data_dir.join(RUNNING_FILE)).ok()?).ok()
+    }
+}
+
+/// A started mesh with one person and one daemon.
+pub struct Up {
+    pub stack: Stack,
+    pub mesh: Mesh,
+    pub daemon: RoleProcess,
+    pub store: Store,
+    pub user: UserId,
+    pub running: Running,
+    pub login_url: String,
+}
+
+/// What differs between `up` and `demo`.
+pub struct Plan {
+    pub data_dir: PathBuf,
+    pub tools_dir: Option<PathBuf>,
+    pub root: PathBuf,
+    pub trust_mcp: bool,
+    pub usual_ports: bool,
+    pub config: Option<PathBuf>,
+}
+
+pub async fn run(global: Global, args: UpArgs) -> Result<()> {
+    let data_dir = data_dir(&args.data_dir)?;
+    if let Some((pid, info)) = reliant_devstack::running_info(&data_dir) {
+        if args.reset {
+            bail!("reliant runs here (process {pid}); stop it with Ctrl-C before --reset");
+        }
+        say(&format!("already running at {} (process {pid})", info.unwrap_or_else(|| "an unknown address".into())));
+        return Ok(());
+    }
+    if args.reset && data_dir.exists() {
+        say(&format!("deleting {}", data_dir.display()));
+        std::fs::remove_dir_all(&data_dir).with_context(|| format!("could not delete {}", data_dir.display()))?;
+    }
+    let root = std::fs::canonicalize(&args.root)
+        .with_context(|| format!("the directory {} cannot be opened", args.root.display()))?;
+    let drain = Drain::new();
+    drain.watch_signals().context("could not listen for Ctrl-C")?;
+    let started = Instant::now();
+    let plan = Plan {
+        data_dir,
+        tools_dir: args.tools_dir,
+        root,
+        trust_mcp: args.trust_mcp,
+        usual_ports: true,
+        config: global.config,
+    };
+    let up = tokio::select! {
+        up = start(plan) => match up {
+            Err(error) => match error.downcast_ref::<StackError>() {
+                Some(StackError::AlreadyRunning { info, .. }) => {
+                    say(&format!("already running at {}", info.as_deref().unwrap_or("an address it has not said yet")));
+                    return Ok(());
+                }
+                _ => return Err(error),
+            },
+            Ok(up) => up,
+        },
+        () = drain.draining() => bail!("stopped while starting"),
+    };
+    announce(&up, started.elapsed());
+    supervise(up, &drain).await
+}
+
+/// Starts servers, roles and the daemon; says what takes a while.
+pub async fn start(plan: Plan) -> Result<Up> {
+    let mut config = StackConfig::new(&plan.data_dir);
+    if let Some(dir) = &plan.tools_dir {
+        config.tools_dir = dir.clone();
+    }
+    if !plan.usual_ports {
+        config = StackConfig { durable: true, ..StackConfig::for_tests(&plan.data_dir) };
+        if let Some(dir) = &plan.tools_dir {
+            config.tools_dir = dir.clone();
+        }
+    }
+    for (variable, placement) in [
+        ("DATABASE_URL", &mut config.postgres),
+        ("NATS_URL", &mut config.nats),
+        ("TEMPORAL_ADDRESS", &mut config.temporal),
+    ] {
+        if let Some(url) = std::env::var(variable).ok().filter(|url| !url.is_empty()) {
+            *placement = Placement::External(url);
+        }
+    }
+    let stack = progress("servers: Postgres, NATS, Temporal", Stack::start(config)).await?;
+
+    let key_file = plan.data_dir.join("jwt.pem");
+    if !key_file.exists() {
+        write_private(&key_file, Jwt::generate_pem().as_bytes())?;
+    }
+    let extra_config = match &plan.config {
+        Some(path) => std::fs::read_to_string(path)
+            .with_context(|| format!("the configuration file {} cannot be read", path.display()))?,
+        None => String::new(),
+    };
+    let spec = MeshSpec {
+        binary: std::env::current_exe().context("this program's own file cannot be found")?,
+        dir: plan.data_dir.clone(),
+        database_url: stack.postgres_url.clone(),
+        temporal_address: stack.temporal_address.clone(),
+        task_queue: "reliant".into(),
+        jwt_key_file: key_file,
+        apis: 1,
+        workers: 1,
+        gateways: 1,
+        usual_ports: plan.usual_ports,
+        extra_config,
+        env: Vec::new(),
+    };
+    let mesh = progress("roles: api, worker, gateway", Mesh::start(spec, &stack)).await?;
+
+    let store_config = StoreConfig { url: stack.postgres_url.clone(), max_connections: 2, ..StoreConfig::default() };
+    let store = Store::connect(&store_config).await.context("Postgres cannot be reached")?;
+    let name = std::env::var("USER").unwrap_or_else(|_| "you".into());
+    let user = store.ensure_user(LOCAL_SUBJECT, &name, "admin").await?.id;
+    let token = local_token(&plan.data_dir, &store, user).await?;
+    let code = store.create_login_code(user, LOGIN_CODE_TTL).await?;
+    let running = Running { api_url: mesh.api_url(0), token, gateway_url: mesh.gateway_url(0) };
+    write_private(&plan.data_dir.join(RUNNING_FILE), &serde_json::to_vec(&running)?)?;
+
+    let (_, secret) = store.register_daemon(user, &hostname(), true).await?;
+    let state_dir = plan.data_dir.join("daemon");
+    if plan.trust_mcp {
+        reliant_daemon::trust(&state_dir, &plan.root, None).context("the MCP servers of the root cannot be trusted")?;
+    }
+    let root_name = plan.root.file_name().map_or_else(|| "root".into(), |name| name.to_string_lossy().into_owned());
+    let daemon = DaemonSpec {
+        name: "daemon-0".into(),
+        gateway_url: running.gateway_url.clone(),
+        token: secret,
+        state_dir,
+        roots: vec![(root_name, plan.root.clone())],
+        extra_config: String::new(),
+    };
+    let daemon = progress("daemon", mesh.start_daemon(daemon)).await?;
+    let connected = async {
+        loop {
+            let daemons = store.list_daemons(user, false).await?;
+            if daemons.iter().any(|daemon| daemon.connected) {
+                return Ok::<_, anyhow::Error>(());
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    progress("daemon's connection", async {
+        match tokio::time::timeout(Duration::from_secs(30), connected).await {
+            Ok(result) => result,
+            Err(_) => bail!("the daemon did not connect within 30 s; its log is {}", daemon.log().display()),
+        }
+    })
+    .await?;
+    stack.announce(&running.api_url)?;
+    let login_url = format!("{}/#code={code}", running.api_url);
+    Ok(Up { stack, mesh, daemon, store, user, running, login_url })
+}
+
+/// The person's own token on this machine; made once, replaced when it is no longer good.
+async fn local_token(data_dir: &Path, store: &Store, user: UserId) -> Result<String> {
+    if let Some(running) = Running::read(data_dir)
+        && store.token_by_secret(&running.token).await.is_ok()
+    {
+        return Ok(running.token);
+    }
+    let expires = chrono::Utc::now() + TOKEN_TTL;
+    let (_, secret) = store.create_token(user, "reliant up", &["api".to_owned()], None, Some(expires)).await?;
+    Ok(secret)
+}
+
+fn announce(up: &Up, took: Duration) {
+    say(&format!("ready in {:.1} s", took.as_secs_f64()));
+    say("");
+    say(&format!("  browser    {}", up.login_url));
+    say("             (the link signs you in once; `reliant up` prints a new one each time)");
+    say("  terminal   reliant chat");
+    say(&format!("  api        {}", up.running.api_url));
+    say(&format!("  gateway    {}", up.running.gateway_url));
+    say(&format!("  logs       {}", up.stack.data_dir().join("logs").display()));
+    let key = ["OPENAI_API_KEY", "ANTHROPIC_API_KEY"].iter().find(|name| std::env::var_os(name).is_some());
+    say(&match key {
+        Some(name) => format!("  models     a real provider ({name}), and the simulator"),
+        None => "  models     a simulator answers; set OPENAI_API_KEY or ANTHROPIC_API_KEY for a real model".into(),
+    });
+    say("");
+    say("Ctrl-C stops everything.");
+}
+
+/// Until Ctrl-C; a role that dies is said and started again, as an orchestrator would.
+async fn supervise(mut up: Up, drain: &Drain) -> Result<()> {
+    while !drain.is_draining() {
+        tokio::select! {
+            () = drain.draining() => break,
+            () = tokio::time::sleep(SUPERVISE_INTERVAL) => {}
+        }
+        let Up { mesh, daemon, stack, .. } = &mut up;
+        let roles = mesh.apis.iter_mut().chain(&mut mesh.workers).chain(&mut mesh.gateways);
+        for role in roles.chain([&mut mesh.sim, daemon]) {
+            if !role.is_alive() && !drain.is_draining() {
+                say(&format!("{} ended; its log is {}; starting it again", role.name(), role.log().display()));
+                if let Err(error) = role.restart(Duration::from_secs(30)).await {
+                    say(&format!("{} could not be started again: {error}", role.name()));
+                }
+            }
+        }
+        for server in Server::ALL {
+            if stack.port(server).is_some() && stack.pid(server).is_none() && !drain.is_draining() {
+                say(&format!("{server} ended; its log is {}; starting it again", stack.log_file(server).display()));
+                if let Err(error) = stack.restart(server).await {
+                    say(&format!("{server} could not be started again: {error}"));
+                }
+            }
+        }
+    }
+    say("stopping: daemon, api, worker, gateway, then the servers");
+    stop(up).await;
+    say("stopped");
+    Ok(())
+}
+
+/// Drains the daemon first, the servers last.
+pub async fn stop(mut up: Up) {
+    let _ = std::fs::remove_file(up.stack.data_dir().join(RUNNING_FILE).with_extension("draft"));
+    up.daemon.stop(DRAIN_PATIENCE).await;
+    up.mesh.stop(DRAIN_PATIENCE).await;
+    drop(up.store);
+    up.stack.stop().await;
+}
+
+/// Says what is waited for, once it takes longer than a second.
+async fn progress<T, E>(what: &str, work: impl Future<Output = Result<T, E>>) -> Result<T>
+where
+    E: Into<anyhow::Error>,
+{
+    let mut work = std::pin::pin!(work);
+    let started = Instant::now();
+    if let Ok(done) = tokio::time::timeout(Duration::from_secs(1), &mut work).await {
+        return done.map_err(Into::into);
+    }
+    say(&format!("starting {what} …"));
+    let done = work.await.map_err(Into::into)?;
+    say(&format!("{what}: up after {:.1} s", started.elapsed().as_secs_f64()));
+    Ok(done)
+}
+
+pub fn hostname() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let name = name.trim();
+    if name.is_empty() { "this-machine".into() } else { name.into() }
+}
+
+/// Readable by the owner alone, whole or not at all.
+pub fn write_private(path: &Path, bytes: &[u8]) -> Result<()> {
+    use std::{io::Write as _, os::unix::fs::OpenOptionsExt as _};
+    let write = || -> std::io::Result<()> {
+        if let Some(dir) = path.parent() {
+            std::fs::create_dir_all(dir)?;
+        }
+        let draft = path.with_extension("draft");
+        let mut file = std::fs::OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&draft)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        std::fs::rename(draft, path)
+    };
+    write().with_context(|| format!("could not write {}", path.display()))
+}
+
+/// The program's own voice.
+#[expect(clippy::print_stdout, reason = "this is the command's output")]
+pub fn say(line: &str) {
+    println!("{line}");
+}

@@ -1,0 +1,231 @@
+//! A disk that loses, tears and refuses what was not synced.
+
+use std::{io, sync::Arc, time::Duration};
+
+use parking_lot::Mutex;
+use proptest::prelude::*;
+use redb::StorageBackend;
+use reliant_types::pb;
+
+use super::{
+    super::{
+        BackendOpener, Journal,
+        disk::Disk,
+        state::{Decision, Phase, State, Write},
+    },
+    call, header,
+};
+
+#[derive(Debug, Clone)]
+enum Pending {
+    Write(u64, Vec<u8>),
+    Len(u64),
+}
+
+#[derive(Debug, Default)]
+struct Image {
+    synced: Vec<u8>,
+    current: Vec<u8>,
+    pending: Vec<Pending>,
+    syncs: usize,
+    refuses: bool,
+}
+
+fn apply(bytes: &mut Vec<u8>, change: &Pending, torn: Option<usize>) {
+    match change {
+        Pending::Len(len) => bytes.resize(*len as usize, 0),
+        Pending::Write(at, data) => {
+            let data = &data[..torn.unwrap_or(data.len()).min(data.len())];
+            let end = *at as usize + data.len();
+            if bytes.len() < end {
+                bytes.resize(end, 0);
+            }
+            bytes[*at as usize..end].copy_from_slice(data);
+        }
+    }
+}
+
+#[derive(Debug, Clone, Default)]
+struct FaultyDisk(Arc<Mutex<Image>>);
+
+impl FaultyDisk {
+    /// The machine dies: each unsynced change survives by its bit, the one at `torn` in part.
+    fn crash(&self, survives: u64, torn: usize) {
+        let mut image = self.0.lock();
+        let pending = std::mem::take(&mut image.pending);
+        let mut bytes = std::mem::take(&mut image.synced);
+        for (n, change) in pending.iter().enumerate() {
+            if survives >> (n % 64) & 1 == 1 {
+                apply(&mut bytes, change, (n == torn % pending.len()).then_some(torn % 4096));
+            }
+        }
+        image.current = bytes.clone();
+        image.synced = bytes;
+    }
+
+    fn opener(&self) -> BackendOpener<impl Fn() -> FaultyDisk + Send + Sync + 'static> {
+        let disk = self.clone();
+        BackendOpener(move || disk.clone())
+    }
+}
+
+impl StorageBackend for FaultyDisk {
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.0.lock().current.len() as u64)
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        let image = self.0.lock();
+        let end = offset as usize + out.len();
+        let part = image.current.get(offset as usize..end).ok_or(io::ErrorKind::UnexpectedEof)?;
+        out.copy_from_slice(part);
+        Ok(())
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.change(Pending::Len(len))
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        let mut image = self.0.lock();
+        if image.refuses {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        image.syncs += 1;
+        image.pending.clear();
+        image.synced = image.current.clone();
+        Ok(())
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.change(Pending::Write(offset, data.to_vec()))
+    }
+}
+
+impl FaultyDisk {
+    fn change(&self, change: Pending) -> io::Result<()> {
+        let mut image = self.0.lock();
+        if image.refuses {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        apply(&mut image.current, &change, None);
+        image.pending.push(change);
+        Ok(())
+    }
+}
+
+/// Steps of a few calls, and whether each is synced.
+fn steps(seed: &[(u8, u8)]) -> Vec<(Vec<Write>, bool)> {
+    let mut state = State::new(u64::MAX);
+    let mut generations = [0i64; 4];
+    seed.iter()
+        .map(|(n, what)| {
+            let id = call(n % 4);
+            let generation = &mut generations[usize::from(n % 4)];
+            match what % 4 {
+                0 => {
+                    *generation += 1;
+                    (state.dispatch(id, header(*generation, false)).1, true)
+                }
+                1 => (state.finish(id, vec![*what; usize::from(*n) * 20], false).unwrap_or_default(), true),
+                2 => (state.acknowledge(id, *generation, what % 8 == 2, 0).unwrap_or_default(), false),
+                _ => (state.cancel(id, *generation, 0).1, true),
+            }
+        })
+        .collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 256, ..ProptestConfig::default() })]
+
+    /// Whatever survives of the unsynced bytes, the journal opens, and holds all that was synced.
+    #[test]
+    fn every_crash_leaves_a_journal(
+        seed in prop::collection::vec((any::<u8>(), any::<u8>()), 1..12),
+        last in any::<u8>(),
+        crashes in prop::collection::vec((any::<u64>(), any::<usize>()), 40),
+    ) {
+        let steps = steps(&seed);
+        let crash_at = usize::from(last) % steps.len();
+        let faulty = FaultyDisk::default();
+        let (disk, incarnation) = Disk::open(&faulty.opener()).unwrap();
+        let mut states = vec![disk.load(u64::MAX).unwrap()];
+        let mut least = 0;
+        for (writes, sync) in &steps[..crash_at] {
+            disk.commit(writes.iter(), *sync).unwrap();
+            let mut next = states[states.len() - 1].clone();
+            writes.iter().for_each(|w| next.apply(w));
+            states.push(next);
+            if *sync {
+                least = states.len() - 1;
+            }
+        }
+        // The last one is cut anywhere: its bytes are taken from a disk whose sync never came.
+        let before = { let image = faulty.0.lock(); (image.synced.clone(), image.pending.clone()) };
+        let (writes, _) = &steps[crash_at];
+        disk.commit(writes.iter(), false).unwrap();
+        let mut next = states[states.len() - 1].clone();
+        writes.iter().for_each(|w| next.apply(w));
+        states.push(next);
+        drop(disk);
+        let after = faulty.0.lock().pending.clone();
+        let pending: Vec<_> = before.1.iter().cloned().chain(after).collect();
+        for (survives, torn) in crashes {
+            let crashed = FaultyDisk::default();
+            { let mut image = crashed.0.lock(); image.synced = before.0.clone(); image.pending = pending.clone(); }
+            if pending.is_empty() { crashed.0.lock().current = before.0.clone(); } else { crashed.crash(survives, torn); }
+            let (disk, again) = match Disk::open(&crashed.opener()) {
+                Ok(opened) => opened,
+                Err(e) => return Err(TestCaseError::fail(format!("{e}"))),
+            };
+            prop_assert_eq!(again, incarnation);
+            let loaded = disk.load(u64::MAX).unwrap();
+            prop_assert!(states[least..].contains(&loaded), "a state that never was, or an old one");
+        }
+    }
+}
+
+#[tokio::test]
+async fn steps_that_wait_together_share_a_sync() {
+    let faulty = FaultyDisk::default();
+    let journal = Journal::with(Box::new(faulty.opener()), u64::MAX).unwrap();
+    for n in 200..205 {
+        let before = faulty.0.lock().syncs;
+        journal.dispatch(call(n), header(1, false)).unwrap().1.durable().await.unwrap();
+        assert_eq!(faulty.0.lock().syncs - before, 1, "one step costs one sync");
+    }
+    let before = faulty.0.lock().syncs;
+    let tickets: Vec<_> = (0..200).map(|n| journal.dispatch(call(n), header(1, false)).unwrap().1).collect();
+    for ticket in tickets {
+        ticket.durable().await.unwrap();
+    }
+    let syncs = faulty.0.lock().syncs - before;
+    assert!(syncs < 150, "{syncs} syncs for 200 steps");
+}
+
+#[tokio::test]
+async fn a_disk_that_refuses_costs_new_calls_and_no_result() {
+    let faulty = FaultyDisk::default();
+    let journal = Journal::with(Box::new(faulty.opener()), u64::MAX).unwrap();
+    journal.dispatch(call(1), header(1, false)).unwrap().1.durable().await.unwrap();
+    faulty.0.lock().refuses = true;
+    let (decision, ticket) = journal.dispatch(call(2), header(1, false)).unwrap();
+    assert_eq!(decision, Decision::Start);
+    assert!(ticket.durable().await.is_err());
+    journal.abandon(call(2));
+    // From now on it is refused at once.
+    assert!(journal.dispatch(call(3), header(1, false)).is_err());
+    let result = pb::ToolResult { call_id: call(1).to_string(), content: "done".into(), ..Default::default() };
+    let ticket = journal.finish(call(1), &result).unwrap();
+    let waits = tokio::spawn(ticket.durable());
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert!(!waits.is_finished());
+    faulty.0.lock().refuses = false;
+    waits.await.unwrap().unwrap();
+    assert_eq!(journal.result(call(1)).unwrap().unwrap().content, "done");
+    assert_eq!(journal.dispatch(call(2), header(1, false)).unwrap().0, Decision::Start);
+    journal.close();
+    faulty.crash(0, 0);
+    let again = Journal::with(Box::new(faulty.opener()), u64::MAX).unwrap();
+    assert!(matches!(again.get(call(1)).unwrap().phase, Phase::Finished { .. }));
+}

@@ -1,0 +1,293 @@
+//! MCP servers of the roots' `.mcp.json`: those that a person trusted are started in the background, so that their
+//! tools can be offered; the files are looked at again every few seconds. A server's own word about what its tools do
+//! is never believed.
+
+mod call;
+mod config;
+mod http;
+mod names;
+mod server;
+mod stdio;
+pub mod trust;
+
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
+
+use parking_lot::{Mutex, RwLock};
+use reliant_types::{Code, Failure, limits, pb};
+use serde_json::Value;
+use tokio::sync::watch;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+pub use call::McpCall;
+use server::{Server, State};
+use trust::TrustStore;
+
+use crate::{
+    roots::Roots,
+    status::McpStatus,
+    tools::{Job, Outcome, process},
+};
+
+const LOOK_INTERVAL: Duration = Duration::from_secs(2);
+/// All MCP tools' declarations together: they travel in one frame.
+const DECLARATIONS_MAX_BYTES: usize = 1024 * 1024;
+const STOP_TIMEOUT: Duration = Duration::from_secs(4);
+
+/// One tool under the name that models see.
+#[derive(Debug, Clone)]
+struct Offered {
+    root_id: String,
+    name: String,
+    server: Arc<Server>,
+    tool: server::ServerTool,
+}
+
+#[derive(Debug)]
+pub struct Mcp {
+    enabled: bool,
+    roots: Roots,
+    state_dir: PathBuf,
+    /// By root id and name.
+    servers: RwLock<BTreeMap<(String, String), Arc<Server>>>,
+    /// Those that do not run, and why.
+    idle: RwLock<Vec<McpStatus>>,
+    offered: RwLock<Arc<Vec<Offered>>>,
+    changed: watch::Sender<u64>,
+    said: Mutex<HashSet<String>>,
+    tasks: TaskTracker,
+}
+
+impl Mcp {
+    pub fn new(enabled: bool, roots: Roots, state_dir: PathBuf) -> Arc<Self> {
+        Arc::new(Self {
+            enabled,
+            roots,
+            state_dir,
+            servers: RwLock::default(),
+            idle: RwLock::default(),
+            offered: RwLock::default(),
+            changed: watch::Sender::new(0),
+            said: Mutex::default(),
+            tasks: TaskTracker::new(),
+        })
+    }
+
+    /// Marks what this state directory's servers carry in their environment.
+    fn mark(&self) -> String {
+        self.state_dir.display().to_string()
+    }
+
+    /// Starts, watches and at the end stops the servers.
+    pub async fn run(self: Arc<Self>, stop: CancellationToken) {
+        if !self.enabled {
+            return;
+        }
+        let mark = self.mark();
+        let killed = tokio::task::spawn_blocking(move || process::kill_servers(&mark)).await.unwrap_or(0);
+        if killed > 0 {
+            tracing::info!(killed, "MCP servers of an earlier daemon were ended");
+        }
+        while !stop.is_cancelled() {
+            self.look();
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = tokio::time::sleep(LOOK_INTERVAL) => {}
+            }
+        }
+        for server in std::mem::take(&mut *self.servers.write()).into_values() {
+            server.stop.cancel();
+        }
+        self.tasks.close();
+        let _ = tokio::time::timeout(STOP_TIMEOUT, self.tasks.wait()).await;
+    }
+
+    /// Once per text, so that a file that stays wrong does not fill the log.
+    fn say_once(&self, text: String) {
+        if self.said.lock().insert(text.clone()) {
+            tracing::warn!("{text}");
+        }
+    }
+
+    /// Brings what runs in line with the files and with what is trusted.
+    fn look(self: &Arc<Self>) {
+        let trusted = match TrustStore::load(&self.state_dir) {
+            Ok(trusted) => trusted,
+            Err(error) => return self.say_once(error.to_string()),
+        };
+        let mut wanted = BTreeMap::new();
+        let mut idle = Vec::new();
+        for root in self.roots.iter() {
+            let entries = match config::read(&root.confine) {
+                Ok(entries) => entries,
+                Err(error) => {
+                    self.say_once(format!("the MCP servers of {} are not started: {error}", root.path().display()));
+                    continue;
+                }
+            };
+            for entry in entries {
+                let status = |state: &str, error: &str| McpStatus {
+                    root: root.id.clone(),
+                    server: entry.name.clone(),
+                    state: state.into(),
+                    tools: 0,
+                    error: error.into(),
+                };
+                if let Err(error) = &entry.spec {
+                    self.say_once(format!(
+                        "the MCP server '{}' of {} is not started: {error}",
+                        entry.name,
+                        root.path().display()
+                    ));
+                    idle.push(status("refused", error));
+                } else if trusted.has(&entry) {
+                    wanted.insert((root.id.clone(), entry.name.clone()), (root.clone(), entry));
+                } else {
+                    self.say_once(format!(
+                        "the MCP server '{}' of {} would run `{}`; if you trust it: reliant daemon trust {} --server {}",
+                        entry.name,
+                        root.path().display(),
+                        entry.summary,
+                        root.path().display(),
+                        entry.name
+                    ));
+                    idle.push(status("untrusted", ""));
+                }
+            }
+        }
+        *self.idle.write() = idle;
+        let mut servers = self.servers.write();
+        let before = servers.len();
+        servers.retain(|key, server| {
+            let stays = wanted.get(key).is_some_and(|(_, entry)| *entry == server.entry);
+            if !stays {
+                server.stop.cancel();
+            }
+            stays
+        });
+        let mut changed = servers.len() != before;
+        for (key, (root, entry)) in wanted {
+            servers.entry(key).or_insert_with(|| {
+                changed = true;
+                let server = Arc::new(Server::new(root, entry));
+                let mcp = Arc::downgrade(self);
+                let refresh = move || {
+                    if let Some(mcp) = mcp.upgrade() {
+                        mcp.refresh();
+                    }
+                };
+                self.tasks.spawn(server.clone().run(self.mark(), refresh));
+                server
+            });
+        }
+        drop(servers);
+        if changed {
+            self.refresh();
+        }
+    }
+
+    /// Names the tools of all servers anew.
+    fn refresh(&self) {
+        let servers: Vec<_> = self.servers.read().values().cloned().collect();
+        let mut offered = Vec::new();
+        let mut budget = DECLARATIONS_MAX_BYTES;
+        for root in self.roots.iter() {
+            let tools: Vec<_> = servers
+                .iter()
+                .filter(|s| s.root.id == root.id)
+                .flat_map(|s| s.tools().iter().map(|t| (s.clone(), t.clone())).collect::<Vec<_>>())
+                .collect();
+            let pairs: Vec<_> = tools.iter().map(|(s, t)| (s.entry.name.as_str(), t.name.as_str())).collect();
+            let names = names::offered(&pairs);
+            for ((server, tool), name) in tools.into_iter().zip(names) {
+                let cost = tool.description.len() + tool.schema.len() + 200;
+                if cost > budget || offered.len() >= limits::DAEMON_TOOLS_MAX {
+                    self.say_once("the MCP servers offer more tools than can be declared; the rest is left out".into());
+                    continue;
+                }
+                budget -= cost;
+                offered.push(Offered { root_id: root.id.clone(), name, server, tool });
+            }
+        }
+        *self.offered.write() = Arc::new(offered);
+        self.changed.send_modify(|n| *n += 1);
+    }
+
+    /// Ticks when tools may have changed.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
+    }
+
+    pub fn declarations(&self, room: usize) -> Vec<pb::ToolDeclaration> {
+        let offered = self.offered.read().clone();
+        offered
+            .iter()
+            .take(room)
+            .map(|o| pb::ToolDeclaration {
+                name: o.name.clone(),
+                description: o.tool.description.clone(),
+                input_schema_json: o.tool.schema.clone(),
+                read_only: false,
+                root_id: o.root_id.clone(),
+            })
+            .collect()
+    }
+
+    /// `None`: no server of that root offers such a tool.
+    pub fn prepare(&self, root_id: &str, tool: &str, input: Value) -> Result<Option<McpCall>, Failure> {
+        let offered = self.offered.read().clone();
+        let Some(found) = offered.iter().find(|o| o.root_id == root_id && o.name == tool) else {
+            if tool.starts_with("mcp__") && self.idle.read().iter().any(|s| s.root == root_id && s.state == "untrusted")
+            {
+                return Err(Failure::new(
+                    Code::McpServerUntrusted,
+                    format!(
+                        "no MCP server that offers '{tool}' is trusted; run `reliant daemon trust` on the daemon's machine"
+                    ),
+                ));
+            }
+            return Ok(None);
+        };
+        let Value::Object(arguments) = input else {
+            return Err(Failure::new(
+                Code::ToolArgumentsInvalid,
+                format!("the arguments of {tool} are not a JSON object"),
+            ));
+        };
+        Ok(Some(McpCall { server: found.server.clone(), tool: found.tool.name.clone(), arguments }))
+    }
+
+    pub async fn call(&self, call: McpCall, job: Job) -> Outcome {
+        call::call(call, job).await
+    }
+
+    pub fn status(&self) -> Vec<McpStatus> {
+        let servers = self.servers.read();
+        let mut all: Vec<McpStatus> = servers
+            .values()
+            .map(|server| {
+                let (state, error) = match server.state() {
+                    State::Starting => ("starting", String::new()),
+                    State::Up => ("up", String::new()),
+                    State::Down(error) => ("down", error),
+                };
+                McpStatus {
+                    root: server.root.id.clone(),
+                    server: server.entry.name.clone(),
+                    state: state.into(),
+                    tools: server.tools().len(),
+                    error,
+                }
+            })
+            .collect();
+        all.extend(self.idle.read().iter().cloned());
+        all
+    }
+}

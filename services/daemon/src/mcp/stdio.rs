@@ -1,0 +1,137 @@
+//! MCP over a child process: in a group of its own, without our settings, its stderr in our log, within bounds.
+
+use std::{collections::BTreeMap, path::Path, process::Stdio, time::Duration};
+
+use futures::future::BoxFuture;
+use rmcp::{ServiceExt, transport::async_rw::AsyncRwTransport};
+use rustix::process::Signal;
+use tokio::{
+    io::{AsyncBufReadExt, BufReader},
+    process::{ChildStderr, ChildStdin, ChildStdout, Command},
+    sync::watch,
+};
+
+use super::server::{Handler, Service};
+use crate::tools::process::{KILL_GRACE, SERVER_VAR, scrub_env, signal_group};
+
+/// One message of a server; longer ones are dropped, and their call times out.
+pub const MESSAGE_MAX_BYTES: usize = 8 * 1024 * 1024;
+const STDERR_LINE_MAX_BYTES: usize = 1024;
+/// Lines of stderr in a minute.
+const STDERR_LINES_MAX: usize = 60;
+/// After its input was closed, until it is asked to end.
+const END_GRACE: Duration = Duration::from_secs(1);
+
+/// Resolves when the server's process is gone; never, for a server without one.
+pub type Death = BoxFuture<'static, ()>;
+
+pub struct Child {
+    pid: u32,
+    dead: watch::Receiver<bool>,
+    pipes: Option<(ChildStdout, ChildStdin)>,
+}
+
+impl Child {
+    pub fn spawn(
+        name: &str,
+        program: &str,
+        args: &[String],
+        env: &BTreeMap<String, String>,
+        root: &Path,
+        mark: &str,
+    ) -> Result<Self, String> {
+        let mut command = Command::new(program);
+        scrub_env(&mut command);
+        command
+            .args(args)
+            .envs(env)
+            .env(SERVER_VAR, mark)
+            .current_dir(root)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .process_group(0)
+            .kill_on_drop(true);
+        let mut child = command.spawn().map_err(|e| format!("'{program}' cannot be started: {e}"))?;
+        let pid = child.id().ok_or("its process has no pid")?;
+        let pipes = child.stdout.take().zip(child.stdin.take());
+        if let Some(stderr) = child.stderr.take() {
+            tokio::spawn(log_stderr(name.to_owned(), stderr));
+        }
+        let (died, dead) = watch::channel(false);
+        tokio::spawn(async move {
+            let _ = child.wait().await;
+            died.send_replace(true);
+        });
+        Ok(Self { pid, dead, pipes })
+    }
+
+    pub async fn connect(&mut self, handler: Handler) -> Result<(Service, Death), String> {
+        let (stdout, stdin) = self.pipes.take().ok_or("its pipes are gone")?;
+        let transport = AsyncRwTransport::new_client(stdout, stdin).with_max_line_length(MESSAGE_MAX_BYTES);
+        let mut early = self.dead.clone();
+        let mut dead = self.dead.clone();
+        let service = tokio::select! {
+            service = handler.serve(transport) => service.map_err(|e| format!("it does not speak MCP: {}", short(&e)))?,
+            _ = early.wait_for(|dead| *dead) => return Err("its process ended at once".into()),
+        };
+        let death = async move {
+            let _ = dead.wait_for(|dead| *dead).await;
+        };
+        Ok((service, Box::pin(death)))
+    }
+
+    /// Its input is closed by now: it gets a moment, then a signal, then none.
+    pub async fn end(mut self) {
+        self.pipes = None;
+        for (signal, patience) in [(None, END_GRACE), (Some(Signal::TERM), KILL_GRACE)] {
+            if let Some(signal) = signal {
+                signal_group(self.pid, signal);
+            }
+            let gone = tokio::time::timeout(patience, self.dead.wait_for(|dead| *dead)).await;
+            if gone.is_ok() {
+                break;
+            }
+        }
+        // What it started goes with it.
+        signal_group(self.pid, Signal::KILL);
+        let _ = tokio::time::timeout(END_GRACE, self.dead.wait_for(|dead| *dead)).await;
+    }
+}
+
+/// An error's text may hold what the server sent.
+pub fn short(error: &impl std::fmt::Display) -> String {
+    error.to_string().chars().filter(|c| !c.is_control()).take(300).collect()
+}
+
+async fn log_stderr(server: String, stderr: ChildStderr) {
+    let mut reader = BufReader::new(stderr);
+    let mut line = Vec::new();
+    let mut lines = 0;
+    let mut since = tokio::time::Instant::now();
+    loop {
+        let (used, ended) = match reader.fill_buf().await {
+            Ok([]) | Err(_) => return,
+            Ok(bytes) => {
+                let end = bytes.iter().position(|b| *b == b'\n');
+                let part = &bytes[..end.unwrap_or(bytes.len())];
+                let room = STDERR_LINE_MAX_BYTES - line.len();
+                line.extend_from_slice(&part[..part.len().min(room)]);
+                (part.len() + usize::from(end.is_some()), end.is_some())
+            }
+        };
+        reader.consume(used);
+        if !ended {
+            continue;
+        }
+        if since.elapsed() > Duration::from_secs(60) {
+            (lines, since) = (0, tokio::time::Instant::now());
+        }
+        lines += 1;
+        if lines <= STDERR_LINES_MAX {
+            let text: String = String::from_utf8_lossy(&line).chars().filter(|c| !c.is_control()).collect();
+            tracing::info!(server = %server, stderr = %text, "an MCP server says");
+        }
+        line.clear();
+    }
+}

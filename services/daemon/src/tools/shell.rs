@@ -1,0 +1,216 @@
+//! `shell`: a command in a process group of its own, its output streamed while it runs.
+//!
+//! A call ends when the shell has: what it left in the background may keep the pipes open, and is not waited for. On
+//! timeout or cancel the whole group is killed, and whatever of the call has left the group.
+
+use std::{os::unix::process::ExitStatusExt, process::Stdio, time::Duration};
+
+use reliant_types::{Code, Failure, limits, pb};
+use rustix::process::Signal;
+use serde::Deserialize;
+use tokio::{
+    io::{AsyncRead, AsyncReadExt},
+    process::{Child, Command},
+    time::{Instant, sleep_until},
+};
+use tracing::Instrument;
+
+use super::{
+    Job, Outcome,
+    process::{CALL_ID_VAR, KILL_GRACE, PidFile, kill_calls, scrub_env, signal_group},
+    sandbox::Sandbox,
+};
+use crate::output::{Block, Gather};
+
+const READ_BYTES: usize = 64 * 1024;
+/// After the shell's own end, for what is still in the pipes.
+const PIPE_GRACE: Duration = Duration::from_millis(200);
+/// After SIGKILL, until the call ends without its process.
+const UNKILLABLE: Duration = Duration::from_secs(2);
+const NOTE_MAX_BYTES: usize = 256;
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Args {
+    command: String,
+    timeout_seconds: Option<u64>,
+}
+
+impl Args {
+    pub fn checked(self) -> Result<Self, Failure> {
+        let bad = |text: &str| Err(Failure::new(Code::ToolArgumentsInvalid, text));
+        if self.command.trim().is_empty() {
+            return bad("the command is empty");
+        }
+        if self.command.contains('\0') {
+            return bad("the command holds a NUL byte");
+        }
+        if self.timeout_seconds == Some(0) {
+            return bad("timeout_seconds must be at least 1");
+        }
+        Ok(self)
+    }
+}
+
+fn command(args: &Args, job: &Job) -> Command {
+    let bash =
+        ["/bin/bash", "/usr/bin/bash", "/usr/local/bin/bash"].into_iter().find(|p| std::path::Path::new(p).exists());
+    let mut command = Command::new(bash.unwrap_or("sh"));
+    scrub_env(&mut command);
+    command
+        .arg("-c")
+        .arg(&args.command)
+        .current_dir(job.root.path())
+        .env(CALL_ID_VAR, job.call.to_string())
+        .env("RELIANT_TURN_ID", &job.turn_id)
+        .env("RELIANT_ITERATION", job.iteration.to_string())
+        .env("RELIANT_CALL_INDEX", job.index.to_string())
+        .env("TERM", "dumb")
+        .env("PAGER", "cat")
+        .env("GIT_PAGER", "cat")
+        .env("GIT_TERMINAL_PROMPT", "0")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .process_group(0);
+    if !job.traceparent.is_empty() {
+        command.env("TRACEPARENT", &job.traceparent);
+    }
+    command
+}
+
+pub async fn run(args: Args, job: Job, sandbox: &Sandbox) -> Outcome {
+    let timeout = args.timeout_seconds.map_or(limits::TOOL_TIMEOUT, Duration::from_secs).min(job.timeout);
+    let span = tracing::info_span!(reliant_telemetry::names::span::TOOL_PROCESS, process.pid = tracing::field::Empty);
+    async {
+        let mut child = match sandbox.spawn(command(&args, &job), job.root.path()).await {
+            Ok(child) => child,
+            Err(e) => return Outcome::failed(Code::ToolFailed, format!("the shell could not be started: {e}")),
+        };
+        let Some(pid) = child.id() else { return Outcome::failed(Code::Internal, "the shell has no pid") };
+        tracing::Span::current().record("process.pid", pid);
+        let _pid_file = PidFile::write(&job.running_dir, job.call, pid);
+        let mut gather = Gather::new(job.hub.clone(), job.output.clone());
+        let end = pump(&mut child, pid, &mut gather, timeout, &job).await;
+        gather.flush();
+        gather.lengths();
+        outcome(end, &gather, timeout)
+    }
+    .instrument(span)
+    .await
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Stop {
+    Cancelled,
+    TimedOut,
+}
+
+struct End {
+    stop: Option<Stop>,
+    status: Option<std::process::ExitStatus>,
+}
+
+/// `None` at the end of a pipe, or where it fails.
+async fn read(pipe: &mut Option<impl AsyncRead + Unpin>, buffer: &mut [u8]) -> usize {
+    match pipe {
+        Some(open) => match open.read(buffer).await {
+            Ok(0) | Err(_) => {
+                *pipe = None;
+                0
+            }
+            Ok(n) => n,
+        },
+        None => std::future::pending().await,
+    }
+}
+
+async fn at(time: Option<Instant>) {
+    match time {
+        Some(time) => sleep_until(time).await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn pump(child: &mut Child, pid: u32, gather: &mut Gather, timeout: Duration, job: &Job) -> End {
+    let (mut stdout, mut stderr) = (child.stdout.take(), child.stderr.take());
+    let (mut out, mut err) = (vec![0; READ_BYTES], vec![0; READ_BYTES]);
+    let mut lengths = tokio::time::interval_at(Instant::now() + limits::LENGTH_INTERVAL, limits::LENGTH_INTERVAL);
+    let deadline = Instant::now() + timeout;
+    let mut end = End { stop: None, status: None };
+    // The shell has ended: no longer than this for the pipes. It was asked to end: no longer than this until the kill.
+    let (mut grace, mut kill_at) = (None, None);
+    loop {
+        if end.status.is_some() && stdout.is_none() && stderr.is_none() {
+            break;
+        }
+        let flush_at = gather.due_in().map(|d| Instant::now() + d);
+        tokio::select! {
+            n = read(&mut stdout, &mut out) => if n > 0 { gather.push(Block::Stdout, &out[..n]) },
+            n = read(&mut stderr, &mut err) => if n > 0 { gather.push(Block::Stderr, &err[..n]) },
+            () = at(flush_at) => gather.flush(),
+            _ = lengths.tick() => gather.lengths(),
+            status = child.wait(), if end.status.is_none() => {
+                end.status = Some(status.unwrap_or_else(|_| std::process::ExitStatus::from_raw(0)));
+                grace = Some(Instant::now() + PIPE_GRACE);
+                if end.stop.is_some() {
+                    signal_group(pid, Signal::KILL);
+                }
+            }
+            () = at(grace) => break,
+            () = job.cancel.cancelled(), if end.stop.is_none() && end.status.is_none() => {
+                end.stop = Some(Stop::Cancelled);
+                signal_group(pid, Signal::TERM);
+                kill_at = Some(Instant::now() + KILL_GRACE);
+            }
+            () = sleep_until(deadline), if end.stop.is_none() && end.status.is_none() => {
+                end.stop = Some(Stop::TimedOut);
+                signal_group(pid, Signal::TERM);
+                kill_at = Some(Instant::now() + KILL_GRACE);
+            }
+            () = at(kill_at) => {
+                kill_at = None;
+                signal_group(pid, Signal::KILL);
+                // A process that the kernel holds cannot be waited for.
+                grace = Some(Instant::now() + UNKILLABLE);
+            }
+        }
+    }
+    if end.stop.is_some() {
+        let (dir, call) = (job.running_dir.clone(), job.call);
+        let _ = tokio::task::spawn_blocking(move || kill_calls(&dir, &[call])).await;
+    }
+    end
+}
+
+fn outcome(end: End, gather: &Gather, timeout: Duration) -> Outcome {
+    let mut content = gather.output().shown(limits::TOOL_RESULT_MAX_BYTES - NOTE_MAX_BYTES);
+    let code = end.status.and_then(|s| s.code());
+    let signal = end.status.and_then(|s| s.signal());
+    let note = match (end.stop, code, signal) {
+        (Some(Stop::Cancelled), ..) => "[cancelled; the command and all it started were killed]".into(),
+        (Some(Stop::TimedOut), ..) => {
+            format!("[timed out after {} s; the command and all it started were killed]", timeout.as_secs_f32())
+        }
+        (None, Some(0), _) if content.is_empty() => "(no output)".into(),
+        (None, Some(0), _) => String::new(),
+        (None, Some(code), _) => format!("[exit code {code}]"),
+        (None, None, Some(signal)) => format!("[killed by signal {signal}]"),
+        (None, None, None) => "[ended in an unknown way]".into(),
+    };
+    if !note.is_empty() {
+        if !content.is_empty() && content.last() != Some(&b'\n') {
+            content.push(b'\n');
+        }
+        content.extend_from_slice(note.as_bytes());
+    }
+    let outcome = match end.stop {
+        Some(Stop::Cancelled) => Outcome::cancelled(content),
+        Some(Stop::TimedOut) => Outcome::timed_out(content),
+        None if code == Some(0) => Outcome::succeeded(content),
+        None => Outcome { status: pb::ToolCallStatus::Failed, is_error: true, ..Outcome::succeeded(content) },
+    };
+    // A killed process has no code of its own; shells report 128 + signal.
+    let exit_code = code.or(signal.map(|s| 128 + s));
+    Outcome { exit_code, output_bytes: gather.output().total(), ..outcome }
+}

@@ -1,0 +1,339 @@
+//! From a daemon's stream to NATS and Postgres: results until they are acknowledged, live output while there is room,
+//! declarations of which the newest counts. Each works beside the stream's loop and within a bound.
+
+use futures::FutureExt;
+use parking_lot::Mutex;
+use prost::Message;
+use reliant_bus::{Bus, ResultSubject, UpdateSubject};
+use reliant_runtime::{Backoff, Drain, TaskKind};
+use reliant_telemetry::{TraceContext, hop, metrics};
+use reliant_types::{
+    ChatId, DaemonId, ToolCallId, UserId, limits,
+    pb::{self, connect_response::Frame},
+};
+use std::{collections::HashSet, sync::Arc, time::Duration};
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    hub::{Hub, Seat},
+    writer::Writer,
+};
+
+/// Results of one daemon that are on their way to a worker.
+const RESULTS_MAX: usize = 64;
+const RETRY_FIRST: Duration = Duration::from_millis(50);
+const RETRY_MAX: Duration = Duration::from_secs(2);
+/// What fits into one answer over NATS, with room for its frame.
+const REPLY_MAX_BYTES: usize = limits::NATS_PAYLOAD_MAX_BYTES - 64 * 1024;
+
+/// Carries results to the workers.
+pub(crate) struct Results {
+    hub: Arc<Hub>,
+    daemon: DaemonId,
+    writer: Writer,
+    drain: Drain,
+    /// Cancelled when the stream is gone; the daemon offers its results over the next one.
+    gone: CancellationToken,
+    places: Arc<Semaphore>,
+    on_way: Arc<Mutex<HashSet<(ToolCallId, i64)>>>,
+}
+
+impl Results {
+    pub fn new(hub: Arc<Hub>, daemon: DaemonId, writer: Writer, drain: Drain, gone: CancellationToken) -> Self {
+        Self { hub, daemon, writer, drain, gone, places: Arc::new(Semaphore::new(RESULTS_MAX)), on_way: Arc::default() }
+    }
+
+    /// Takes a result on its way. Without room it is dropped: the daemon repeats it until it is acknowledged.
+    pub fn take(&self, trace: TraceContext, result: pb::ToolResult) {
+        let Ok(call) = result.call_id.parse::<ToolCallId>() else {
+            tracing::warn!(daemon.id = %self.daemon, "a result without a valid call id was dropped");
+            return;
+        };
+        let Ok(place) = self.places.clone().try_acquire_owned() else {
+            metrics::QUEUE_REFUSED.with_label_values(&["tunnel_results"]).inc();
+            return;
+        };
+        let key = (call, result.generation);
+        if !self.on_way.lock().insert(key) {
+            return;
+        }
+        let trace = if trace.is_empty() {
+            trace
+        } else {
+            hop(
+                &trace,
+                tracing::info_span!("tunnel.receive", otel.kind = "consumer", tunnel.frame = "result", tool.call_id = %call),
+            )
+        };
+        let result = stamped(self.daemon, result);
+        let topic = ResultSubject { daemon: self.daemon, call };
+        let (hub, writer, gone, on_way) =
+            (self.hub.clone(), self.writer.clone(), self.gone.clone(), self.on_way.clone());
+        self.drain.spawn(TaskKind::Work("tool result"), async move {
+            if let Some(ack) = deliver(&hub.bus, &topic, &trace, &result, &gone).await {
+                let _ = writer.send(TraceContext::default(), 0, Frame::ResultAck(ack));
+            }
+            on_way.lock().remove(&key);
+            drop(place);
+        });
+    }
+}
+
+/// Repeats until a worker acknowledges or the stream is gone. That is bounded by the stream, and the result is safe in
+/// the daemon's journal meanwhile.
+async fn deliver(
+    bus: &Bus,
+    topic: &ResultSubject,
+    trace: &TraceContext,
+    result: &pb::ToolResult,
+    gone: &CancellationToken,
+) -> Option<pb::ResultAck> {
+    let mut backoff = Backoff::new(RETRY_FIRST, RETRY_MAX);
+    while !gone.is_cancelled() {
+        match bus.request_with(trace, topic, result, limits::NATS_REQUEST_TIMEOUT).await {
+            // The ids are ours to say: an answer must not acknowledge anything else.
+            Ok(ack) => {
+                return Some(pb::ResultAck {
+                    call_id: result.call_id.clone(),
+                    generation: result.generation,
+                    outcome: ack.outcome,
+                });
+            }
+            Err(error) => {
+                metrics::TOOL_RESULTS.with_label_values(&["undelivered"]).inc();
+                tracing::debug!(%error, tool.call_id = %topic.call, "a result was not taken; it is sent again");
+            }
+        }
+        tokio::select! {
+            () = backoff.wait() => {}
+            () = gone.cancelled() => {}
+        }
+    }
+    None
+}
+
+/// The result as workers may believe it: of this daemon, and of a size that NATS carries.
+fn stamped(daemon: DaemonId, mut result: pb::ToolResult) -> pb::ToolResult {
+    result.daemon_id = daemon.to_string();
+    result.content.truncate(limits::TOOL_RESULT_MAX_BYTES);
+    result.error_code.truncate(result.error_code.floor_char_boundary(64));
+    result
+}
+
+/// Live output goes out at once or not at all; what is dropped is refilled from the daemon.
+pub(crate) fn live(bus: &Bus, user: UserId, trace: &TraceContext, output: pb::LiveOutput) {
+    let Some((topic, update)) = checked(user, output) else {
+        tracing::debug!(user.id = %user, "live output for a foreign or unknown chat was dropped");
+        return;
+    };
+    let sent = tokio::task::unconstrained(bus.publish_with(trace, &topic, &update)).now_or_never();
+    if !matches!(sent, Some(Ok(()))) {
+        metrics::QUEUE_REFUSED.with_label_values(&["tunnel_output"]).inc();
+    }
+}
+
+/// Only pieces of the named chat, only for the daemon's owner.
+fn checked(user: UserId, mut output: pb::LiveOutput) -> Option<(UpdateSubject, pb::ChatUpdate)> {
+    if output.user_id.parse() != Ok(user) {
+        return None;
+    }
+    let chat: ChatId = output.chat_id.parse().ok()?;
+    output.deltas.retain(|delta| delta.chat_id == output.chat_id);
+    output.lengths.retain(|length| length.chat_id == output.chat_id);
+    let update = pb::ChatUpdate { events: Vec::new(), deltas: output.deltas, lengths: output.lengths };
+    (update != pb::ChatUpdate::default()).then_some((UpdateSubject { user, chat }, update))
+}
+
+/// As many pieces as one answer carries; the asker sees what is missing by the offsets and asks again.
+pub(crate) fn fitting(mut reply: pb::PrefixReply) -> pb::PrefixReply {
+    let mut bytes = 0;
+    let kept = reply
+        .deltas
+        .iter()
+        .take_while(|delta| {
+            bytes += delta.encoded_len() + 8;
+            bytes <= REPLY_MAX_BYTES
+        })
+        .count();
+    reply.deltas.truncate(kept);
+    reply
+}
+
+/// Stores declarations, the newest last. One is written at a time; those that come meanwhile replace each other.
+pub(crate) struct Declarer {
+    hub: Arc<Hub>,
+    seat: Arc<Seat>,
+    drain: Drain,
+    gone: CancellationToken,
+    slot: Arc<Mutex<Slot>>,
+}
+
+#[derive(Default)]
+struct Slot {
+    next: Option<pb::Declarations>,
+    busy: bool,
+}
+
+impl Declarer {
+    pub fn new(hub: Arc<Hub>, seat: Arc<Seat>, drain: Drain, gone: CancellationToken) -> Self {
+        Self { hub, seat, drain, gone, slot: Arc::default() }
+    }
+
+    pub fn take(&self, mut declarations: pb::Declarations) {
+        if let Err(reason) = bounded(&mut declarations.roots, &mut declarations.tools) {
+            tracing::warn!(daemon.id = %self.seat.daemon, reason, "declarations were shortened");
+        }
+        {
+            let mut slot = self.slot.lock();
+            slot.next = Some(declarations);
+            if std::mem::replace(&mut slot.busy, true) {
+                return;
+            }
+        }
+        let (hub, seat, gone, slot) = (self.hub.clone(), self.seat.clone(), self.gone.clone(), self.slot.clone());
+        self.drain.spawn(TaskKind::Work("declarations"), async move {
+            let mut backoff = Backoff::new(RETRY_FIRST, RETRY_MAX);
+            loop {
+                let next = {
+                    let mut slot = slot.lock();
+                    let next = slot.next.take();
+                    slot.busy = next.is_some();
+                    next
+                };
+                let Some(declarations) = next else { return };
+                match declare(&hub, &seat, &declarations).await {
+                    Ok(()) => backoff.reset(),
+                    Err(error) => {
+                        tracing::warn!(%error, daemon.id = %seat.daemon, "declarations were not stored; tried again");
+                        slot.lock().next.get_or_insert(declarations);
+                        tokio::select! {
+                            () = backoff.wait() => {}
+                            // The next stream's hello declares everything anew.
+                            () = gone.cancelled() => return,
+                        }
+                    }
+                }
+            }
+        });
+    }
+}
+
+async fn declare(hub: &Hub, seat: &Seat, declarations: &pb::Declarations) -> Result<(), reliant_store::StoreError> {
+    let committed = hub
+        .store
+        .update_declarations(seat.daemon, seat.instance, declarations.roots.clone(), declarations.tools.clone())
+        .await?;
+    hub.publish_feed(seat.user, committed.feed).await;
+    Ok(())
+}
+
+/// Roots one daemon offers.
+const ROOTS_MAX: usize = 64;
+const AGENTS_MD_MAX_BYTES: usize = 32 * 1024;
+const TEXT_MAX_BYTES: usize = 4096;
+const SCHEMA_MAX_BYTES: usize = 64 * 1024;
+
+/// Shortens what a daemon declares to its limits, and says whether it had to.
+pub(crate) fn bounded(roots: &mut Vec<pb::Root>, tools: &mut Vec<pb::ToolDeclaration>) -> Result<(), &'static str> {
+    let before = (roots.len(), tools.len());
+    roots.truncate(ROOTS_MAX);
+    for root in roots.iter_mut() {
+        for (text, max) in [
+            (&mut root.id, 128),
+            (&mut root.name, 256),
+            (&mut root.path, TEXT_MAX_BYTES),
+            (&mut root.agents_md, AGENTS_MD_MAX_BYTES),
+        ] {
+            text.truncate(text.floor_char_boundary(max));
+        }
+    }
+    // A tool with half a schema is worse than none.
+    tools.retain(|tool| {
+        !tool.name.is_empty() && tool.name.len() <= 128 && tool.input_schema_json.len() <= SCHEMA_MAX_BYTES
+    });
+    tools.truncate(limits::DAEMON_TOOLS_MAX);
+    for tool in tools.iter_mut() {
+        tool.description.truncate(tool.description.floor_char_boundary(TEXT_MAX_BYTES));
+    }
+    if (roots.len(), tools.len()) == before { Ok(()) } else { Err("too many roots or tools, or a tool too large") }
+}
+
+/// Gives the lease back and says that the daemon is away, unless another stream has it by now.
+pub(crate) async fn release(hub: &Hub, seat: &Seat) {
+    match hub.store.release_lease(seat.daemon, hub.gateway, seat.epoch).await {
+        Ok(committed) => {
+            if committed.value {
+                hub.announce(seat, false).await;
+            }
+            hub.publish_feed(seat.user, committed.feed).await;
+        }
+        // It runs out by itself.
+        Err(error) => tracing::debug!(%error, daemon.id = %seat.daemon, "a lease was not given back"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_result_is_stamped_and_bounded() {
+        let daemon = DaemonId::new();
+        let result = pb::ToolResult {
+            daemon_id: DaemonId::new().to_string(),
+            content: vec![b'x'; 4 * 1024 * 1024].into(),
+            error_code: "\u{e9}".repeat(1000),
+            ..Default::default()
+        };
+        let result = stamped(daemon, result);
+        assert_eq!(result.daemon_id, daemon.to_string());
+        assert_eq!(result.content.len(), limits::TOOL_RESULT_MAX_BYTES);
+        assert!(result.error_code.len() <= 64);
+    }
+
+    #[test]
+    fn live_output_stays_with_its_owner_and_chat() {
+        let (owner, chat) = (UserId::new(), ChatId::new());
+        let delta = |chat: ChatId| pb::Delta { chat_id: chat.to_string(), piece: "x".into(), ..Default::default() };
+        let output = pb::LiveOutput {
+            deltas: vec![delta(chat), delta(ChatId::new())],
+            lengths: vec![],
+            user_id: owner.to_string(),
+            chat_id: chat.to_string(),
+        };
+        let (topic, update) = checked(owner, output.clone()).expect("the owner's own");
+        assert_eq!(topic, UpdateSubject { user: owner, chat });
+        assert_eq!(update.deltas, [delta(chat)]);
+        assert!(checked(UserId::new(), output.clone()).is_none());
+        assert!(checked(owner, pb::LiveOutput { chat_id: "*".into(), ..output.clone() }).is_none());
+        assert!(checked(owner, pb::LiveOutput { deltas: vec![], ..output }).is_none());
+    }
+
+    #[test]
+    fn a_long_prefix_is_cut_between_pieces() {
+        let piece = pb::Delta { piece: vec![b'x'; 100_000].into(), ..Default::default() };
+        let reply = fitting(pb::PrefixReply { found: true, deltas: vec![piece.clone(); 30] });
+        assert!(reply.found && reply.deltas.len() > 5);
+        assert!(reply.encoded_len() <= REPLY_MAX_BYTES);
+        let short = pb::PrefixReply { found: true, deltas: vec![piece; 2] };
+        assert_eq!(fitting(short.clone()), short);
+    }
+
+    #[test]
+    fn declarations_are_shortened_to_their_limits() {
+        let tool = |name: &str| pb::ToolDeclaration {
+            name: name.into(),
+            description: "d".repeat(10_000),
+            ..Default::default()
+        };
+        let mut roots = vec![pb::Root { agents_md: "\u{20ac}".repeat(20_000), ..Default::default() }];
+        let mut tools = vec![tool("shell")];
+        assert!(bounded(&mut roots, &mut tools).is_ok());
+        assert!(roots[0].agents_md.len() <= AGENTS_MD_MAX_BYTES);
+        assert_eq!(tools[0].description.len(), TEXT_MAX_BYTES);
+        let mut many: Vec<_> = (0..5000).map(|n| tool(&format!("mcp__s__{n}"))).collect();
+        assert!(bounded(&mut roots, &mut many).is_err());
+        assert_eq!(many.len(), limits::DAEMON_TOOLS_MAX);
+    }
+}

@@ -1,0 +1,189 @@
+//! Accepts a daemon: who it is, its hello, its lease; then its stream is a [`Session`].
+
+use reliant_bus::{PrefixSubject, ToolSubject};
+use reliant_middleware::{Principal, require_daemon};
+use reliant_rpc::tunnel_service_server::TunnelService;
+use reliant_runtime::{Drain, TaskKind};
+use reliant_store::{DaemonHello, StoreError};
+use reliant_telemetry::{TraceContext, metrics};
+use reliant_types::{
+    Code, DaemonId, Failure, Incarnation,
+    pb::{self, connect_request, connect_response::Frame},
+};
+use std::{sync::Arc, time::Duration};
+use tokio::sync::Semaphore;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::{
+    bridge,
+    hub::{Hub, Seat},
+    session::{Requests, Session},
+    writer::Writer,
+};
+
+const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a daemon waits to be let in before it is told to come back later.
+const ADMISSION_WAIT: Duration = Duration::from_secs(2);
+const COME_BACK: Duration = Duration::from_secs(1);
+
+#[derive(Clone)]
+pub(crate) struct Tunnel {
+    pub hub: Arc<Hub>,
+    pub drain: Drain,
+    pub places: Arc<Semaphore>,
+    pub admissions: Arc<Semaphore>,
+}
+
+#[tonic::async_trait]
+impl TunnelService for Tunnel {
+    type ConnectStream = ReceiverStream<Result<pb::ConnectResponse, Status>>;
+
+    async fn connect(
+        &self,
+        request: Request<Streaming<pb::ConnectRequest>>,
+    ) -> Result<Response<Self::ConnectStream>, Status> {
+        let (daemon, principal) = require_daemon(&request)?;
+        Box::pin(self.accept(daemon, principal, request.into_inner()))
+            .await
+            .map(|outgoing| Response::new(ReceiverStream::new(outgoing)))
+            .map_err(|failure| {
+                metrics::DAEMON_STREAM_ENDS.with_label_values(&["refused"]).inc();
+                tracing::info!(daemon.id = %daemon, code = %failure.code, reason = %failure.message, "a daemon was not let in");
+                reliant_rpc::status(&failure)
+            })
+    }
+}
+
+impl Tunnel {
+    async fn accept(
+        &self,
+        daemon: DaemonId,
+        principal: Principal,
+        mut inbound: Streaming<pb::ConnectRequest>,
+    ) -> Result<crate::writer::Outgoing, Failure> {
+        self.check_open()?;
+        let place = self.places.clone().try_acquire_owned().map_err(|_| {
+            Failure::new(Code::QueueFull, "this gateway holds as many daemons as it may; try again")
+                .retry_after(COME_BACK)
+        })?;
+        let hello = hello(&mut inbound).await?;
+        let incarnation: Incarnation = hello
+            .incarnation
+            .parse()
+            .map_err(|error: reliant_types::id::IdError| Failure::field("hello.incarnation", error.to_string()))?;
+        let admission = tokio::time::timeout(ADMISSION_WAIT, self.admissions.acquire());
+        let Ok(Ok(_admitted)) = admission.await else {
+            return Err(Failure::new(Code::QueueFull, "many daemons connect at once; try again").retry_after(COME_BACK));
+        };
+        // Before the lease: whoever sees the lease must find somebody who listens.
+        let requests = self.requests(daemon).await?;
+        let (writer, outgoing) = Writer::new();
+        let session = |seat| Session {
+            hub: self.hub.clone(),
+            seat,
+            inbound,
+            writer: writer.clone(),
+            drain: self.drain.clone(),
+            place,
+        };
+        let lease = match self.lease(daemon, &principal, incarnation, hello).await {
+            Ok(lease) => lease,
+            Err(StoreError::DaemonReplaced) => {
+                metrics::LEASE_CONFLICTS.inc();
+                let seat = Arc::new(Seat::new(daemon, &principal, incarnation, 0, 0));
+                let session = session(seat);
+                self.drain.spawn(TaskKind::Work("results of an old daemon"), Box::pin(session.run_results_only()));
+                return Ok(outgoing);
+            }
+            Err(error) => {
+                tracing::warn!(error = &error as &dyn std::error::Error, daemon.id = %daemon, "a lease was not given");
+                return Err(error.into());
+            }
+        };
+        let seat = Arc::new(Seat::new(daemon, &principal, incarnation, lease.instance, lease.epoch));
+        self.welcome(&writer, &seat);
+        if !self.hub.enter(&seat) {
+            return Err(
+                Failure::new(Code::Unavailable, "a newer stream of this daemon came first").retry_after(COME_BACK)
+            );
+        }
+        tracing::info!(daemon.id = %daemon, daemon.instance = seat.instance, lease.epoch = seat.epoch, "a daemon connected");
+        self.drain.spawn(TaskKind::Work("daemon stream"), Box::pin(session(seat).run(requests)));
+        Ok(outgoing)
+    }
+
+    fn check_open(&self) -> Result<(), Failure> {
+        if self.drain.is_draining() {
+            return Err(Failure::new(Code::Draining, "this gateway stops; try again").retry_after(COME_BACK));
+        }
+        if !self.hub.bus.is_connected() {
+            return Err(Failure::new(Code::Unavailable, "this gateway is not connected to NATS; try again")
+                .retry_after(COME_BACK));
+        }
+        Ok(())
+    }
+
+    async fn requests(&self, daemon: DaemonId) -> Result<Requests, Failure> {
+        Ok(Requests {
+            tool: self.hub.bus.subscribe(&ToolSubject { daemon }).await?,
+            prefix: self.hub.bus.subscribe(&PrefixSubject { producer: daemon.0 }).await?,
+        })
+    }
+
+    async fn lease(
+        &self,
+        daemon: DaemonId,
+        principal: &Principal,
+        incarnation: Incarnation,
+        mut hello: pb::Hello,
+    ) -> Result<reliant_store::Lease, StoreError> {
+        if let Err(reason) = bridge::bounded(&mut hello.roots, &mut hello.tools) {
+            tracing::warn!(daemon.id = %daemon, reason, "declarations were shortened");
+        }
+        for text in [&mut hello.hostname, &mut hello.os, &mut hello.version] {
+            text.truncate(text.floor_char_boundary(256));
+        }
+        let committed = self
+            .hub
+            .store
+            .connect_daemon(DaemonHello {
+                daemon,
+                user: principal.user,
+                gateway: self.hub.gateway,
+                incarnation,
+                instance: hello.instance,
+                hostname: hello.hostname,
+                os: hello.os,
+                version: hello.version,
+                roots: hello.roots,
+                tools: hello.tools,
+            })
+            .await?;
+        self.hub.publish_feed(principal.user, committed.feed).await;
+        Ok(committed.value)
+    }
+
+    fn welcome(&self, writer: &Writer, seat: &Seat) {
+        let welcome = pb::Welcome {
+            daemon_id: seat.daemon.to_string(),
+            instance: seat.instance,
+            gateway_id: self.hub.gateway.to_string(),
+            lease_epoch: seat.epoch,
+        };
+        // The queue is new and empty.
+        let _ = writer.send(TraceContext::default(), 0, Frame::Welcome(welcome));
+    }
+}
+
+/// The first frame, which must be a hello.
+async fn hello(inbound: &mut Streaming<pb::ConnectRequest>) -> Result<pb::Hello, Failure> {
+    let first = tokio::time::timeout(HELLO_TIMEOUT, inbound.message())
+        .await
+        .map_err(|_| Failure::new(Code::DeadlineExceeded, "the daemon said no hello in time"))?
+        .map_err(|status| reliant_rpc::failure(&status))?;
+    match first.and_then(|first| first.frame) {
+        Some(connect_request::Frame::Hello(hello)) => Ok(hello),
+        _ => Err(Failure::field("frame", "the first frame of a stream is hello")),
+    }
+}

@@ -1,0 +1,79 @@
+// One tool call: its name, arguments, live output, state, and the question whether it may run.
+
+import type { Approval } from "../gen/reliant/v1/common_pb.js";
+import { el, hide, setText } from "./dom.js";
+import type { Decide } from "./transcript.js";
+import { type CallView, callEnded } from "./view.js";
+import { callWords, gist, pretty, statusKey } from "./words.js";
+
+export class ToolCard {
+  readonly node: HTMLElement;
+  #decide: Decide;
+  #status = el("span", { class: "status", role: "status" });
+  #arguments: HTMLDetailsElement;
+  #stdout = el("pre", { class: "stdout", "aria-label": "Output" });
+  #stderr = el("pre", { class: "stderr", "aria-label": "Error output" });
+  #result = el("pre", { class: "result", "aria-label": "Result" });
+  #approval = el("div", { class: "approval" });
+  #asked: string | undefined;
+
+  constructor(tool: string, inputJson: string, decide: Decide) {
+    this.#decide = decide;
+    this.#arguments = el("details", {}, el("summary", {}, "Arguments"), el("pre", {}, pretty(inputJson)));
+    const head = el("div", { class: "head" }, el("span", { class: "name" }, tool), el("span", { class: "gist" }, gist(inputJson)), this.#status);
+    const body = el("div", { class: "body" }, this.#arguments, this.#stdout, this.#stderr, this.#result);
+    this.node = el("section", { class: "tool", "data-tool": tool, "aria-label": `Tool ${tool}` }, head, body, this.#approval);
+    for (const part of [this.#stdout, this.#stderr, this.#result, this.#approval]) hide(part, true);
+  }
+
+  draw({ call, stdout, stderr }: CallView, approval: Approval | undefined): void {
+    this.node.setAttribute("data-status", statusKey(call.status));
+    setText(this.#status, callWords(call));
+    showOutput(this.#stdout, stdout.text, stdout.cut);
+    showOutput(this.#stderr, stderr.text, stderr.cut);
+    // What the model reads; where the output itself was seen whole, it says nothing new.
+    const seen = stdout.length > 0 || stderr.length > 0;
+    const says = callEnded(call) && call.result !== "" && (!seen || call.isError);
+    hide(this.#result, !says);
+    if (says) setText(this.#result, call.result);
+    this.#ask(approval);
+  }
+
+  #ask(approval: Approval | undefined): void {
+    if (this.#asked === approval?.id) return;
+    this.#asked = approval?.id;
+    hide(this.#approval, !approval);
+    if (!approval) {
+      this.#approval.replaceChildren();
+      return;
+    }
+    this.#arguments.open = true;
+    const button = (words: string, kind: string, approve: boolean, forSession: boolean) => {
+      const node = el("button", { type: "button", class: kind }, words);
+      node.addEventListener("click", async () => {
+        const buttons = [...this.#approval.querySelectorAll("button")];
+        for (const one of buttons) one.disabled = true;
+        try {
+          await this.#decide(approval, approve, forSession);
+        } finally {
+          for (const one of buttons) one.disabled = false;
+        }
+      });
+      return node;
+    };
+    this.#approval.replaceChildren(
+      el("p", {}, `May ${approval.tool} run on your machine?`),
+      button("Approve once", "main", true, false),
+      button("Approve for this chat", "", true, true),
+      button("Deny", "", false, false),
+    );
+  }
+}
+
+function showOutput(node: HTMLElement, text: string, cut: boolean): void {
+  hide(node, text === "");
+  if (text === "") return;
+  const stick = node.scrollHeight - node.scrollTop - node.clientHeight < 40;
+  setText(node, cut ? `(the beginning is not shown)\n${text}` : text);
+  if (stick) node.scrollTop = node.scrollHeight;
+}

@@ -1,0 +1,120 @@
+// What states are called, and how values are shown. Pure.
+
+import { type ToolCall, ToolCallStatus, type Turn, TurnStatus, UnknownCause } from "../gen/reliant/v1/common_pb.js";
+import { timestampMs } from "@bufbuild/protobuf/wkt";
+import { callEnded } from "./view.js";
+
+/** `ToolCallStatus.SUCCEEDED` → `succeeded`; also what style sheets and tests look for. */
+export function statusKey(status: ToolCallStatus): string {
+  return (ToolCallStatus[status] ?? "unspecified").toLowerCase();
+}
+
+const CALL_WORDS: Record<ToolCallStatus, string> = {
+  [ToolCallStatus.UNSPECIFIED]: "",
+  [ToolCallStatus.PENDING]: "waiting",
+  [ToolCallStatus.WAITING_APPROVAL]: "waits for you",
+  [ToolCallStatus.WAITING_DAEMON]: "waits for the daemon",
+  [ToolCallStatus.DISPATCHED]: "sent",
+  [ToolCallStatus.RUNNING]: "running",
+  [ToolCallStatus.SUCCEEDED]: "done",
+  [ToolCallStatus.FAILED]: "failed",
+  [ToolCallStatus.CANCELLED]: "cancelled",
+  [ToolCallStatus.TIMED_OUT]: "timed out",
+  [ToolCallStatus.OUTCOME_UNKNOWN]: "outcome unknown",
+};
+
+const CAUSE_WORDS: Record<UnknownCause, string> = {
+  [UnknownCause.UNSPECIFIED]: "",
+  [UnknownCause.PROCESS_DIED]: "the daemon or the tool's server died while it ran",
+  [UnknownCause.JOURNAL_LOST]: "the daemon's journal was lost",
+  [UnknownCause.DAEMON_AWAY]: "the daemon stayed away past the deadline",
+};
+
+export function callWords(call: ToolCall): string {
+  const parts = [CALL_WORDS[call.status] ?? "unknown state"];
+  if (call.status === ToolCallStatus.OUTCOME_UNKNOWN) parts.push(CAUSE_WORDS[call.unknownCause] ?? "");
+  if (call.exitCode !== undefined && call.exitCode !== 0) parts.push(`exit code ${call.exitCode}`);
+  if (call.errorCode && call.status !== ToolCallStatus.OUTCOME_UNKNOWN) parts.push(call.errorCode);
+  if (callEnded(call) && call.startedAt && call.endedAt) {
+    parts.push(duration(timestampMs(call.endedAt) - timestampMs(call.startedAt)));
+  }
+  return parts.filter(Boolean).join(" · ");
+}
+
+export function duration(ms: number): string {
+  if (ms < 1000) return `${Math.max(0, Math.round(ms))} ms`;
+  if (ms < 60_000) return `${(ms / 1000).toFixed(1)} s`;
+  return `${Math.floor(ms / 60_000)} min ${Math.round((ms % 60_000) / 1000)} s`;
+}
+
+/** A sentence about a turn that is under way or went wrong; empty where there is nothing to say. */
+export function turnWords(turn: Turn): string {
+  switch (turn.status) {
+    case TurnStatus.QUEUED:
+      return "Queued.";
+    case TurnStatus.RUNNING:
+      return "Working …";
+    case TurnStatus.WAITING_APPROVAL:
+      return "Waits for your decision.";
+    case TurnStatus.WAITING_DAEMON:
+      return "Waits for the daemon to come back.";
+    case TurnStatus.FAILED:
+      return `${turn.errorMessage || "The turn failed."} (${turn.errorCode || "INTERNAL"})`;
+    case TurnStatus.CANCELLED:
+      return "Cancelled.";
+    default:
+      return "";
+  }
+}
+
+/** The one argument that tells most; the tools' own names for it. */
+export function gist(inputJson: string): string {
+  const input = parse(inputJson);
+  if (typeof input !== "object" || input === null) return "";
+  const values = input as Record<string, unknown>;
+  for (const name of ["command", "path", "pattern", "query", "url"]) {
+    if (typeof values[name] === "string") return values[name].split("\n")[0] ?? "";
+  }
+  const first = Object.entries(values)[0];
+  return first ? `${first[0]}: ${JSON.stringify(first[1])}` : "";
+}
+
+export function pretty(inputJson: string): string {
+  const input = parse(inputJson);
+  return input === undefined ? inputJson : JSON.stringify(input, null, 2);
+}
+
+function parse(json: string): unknown {
+  try {
+    return JSON.parse(json);
+  } catch {
+    return undefined;
+  }
+}
+
+export type Prose = { kind: "text" | "code" | "fence"; text: string };
+
+/** Code fences and `code` in a model's text; nothing else of Markdown is interpreted. */
+export function prose(text: string): Prose[] {
+  const parts: Prose[] = [];
+  // A fence that is still being written counts as one.
+  const fence = /(?:^|\n)```[^\n]*\n([\s\S]*?)(?:\n```(?=\n|$)\n?|$)/g;
+  let at = 0;
+  for (const match of text.matchAll(fence)) {
+    inline(text.slice(at, match.index), parts);
+    parts.push({ kind: "fence", text: match[1] ?? "" });
+    at = match.index + match[0].length;
+  }
+  inline(text.slice(at), parts);
+  return parts;
+}
+
+function inline(text: string, parts: Prose[]): void {
+  let at = 0;
+  for (const match of text.matchAll(/`([^`\n]+)`/g)) {
+    if (match.index > at) parts.push({ kind: "text", text: text.slice(at, match.index) });
+    parts.push({ kind: "code", text: match[1] ?? "" });
+    at = match.index + match[0].length;
+  }
+  if (at < text.length) parts.push({ kind: "text", text: text.slice(at) });
+}

@@ -1,0 +1,287 @@
+//! One attempt of one round: context, stream, commit.
+
+use std::{sync::Arc, time::Duration};
+
+use futures::StreamExt;
+use reliant_flows::Heart;
+use reliant_models::{BlockKind, ModelError, ModelRequest, ModelStream, ToolSpec, fit_history};
+use reliant_runtime::Backoff;
+use reliant_store::{Attempt, CommitOutcome, NewAssistant, NewBlock, NewCall};
+use reliant_telemetry::{TraceContext, metrics::Phase};
+use reliant_types::{Code, Failure, limits, pb};
+use tokio::time::Instant;
+
+use crate::{
+    answer::{Answer, Change},
+    engine::{Engine, EngineError},
+    history,
+    live::{LiveKey, Push},
+    prompt::{Machine, PromptFacts, system_prompt},
+    tools,
+};
+
+/// A tool's schema that is broken JSON is offered without one.
+const ANY_OBJECT: &str = r#"{"type":"object"}"#;
+
+const COMMIT_RETRY_MIN: Duration = Duration::from_millis(50);
+const COMMIT_RETRY_MAX: Duration = Duration::from_secs(2);
+const HISTORY_CUT: &str =
+    "This chat is very long, so the model reads only its newer messages. The chat itself is kept whole.";
+
+pub enum End {
+    Committed,
+    /// Somebody else has the turn, or it was cancelled.
+    Lost,
+    /// Pieces were seen, then the provider broke off: again, under a new fence.
+    Broken(ModelError),
+    Failed(Failure),
+    Deadline,
+}
+
+pub async fn run(engine: &Arc<Engine>, attempt: Attempt, heart: &Heart, deadline: Instant) -> Result<End, EngineError> {
+    let cancel = engine.cancels.register(attempt.turn);
+    let key = LiveKey { chat: attempt.chat, user: attempt.user, message: attempt.message, epoch: attempt.fence };
+    engine.live.open(&key);
+    let void = DropLive { engine, key: &key, keep: false };
+    let streamed = tokio::select! {
+        biased;
+        () = cancel.token.cancelled() => return Ok(End::Lost),
+        () = heart.stopped() => return Err(EngineError::Stopped),
+        () = tokio::time::sleep_until(deadline) => return Ok(End::Deadline),
+        streamed = answer(engine, &attempt, &key, deadline) => streamed?,
+    };
+    let answer = match streamed {
+        Ok(answer) => answer,
+        Err(end) => return Ok(end),
+    };
+    commit(engine, attempt, answer, void, heart, deadline).await
+}
+
+/// The text of an attempt that is not committed is void, however the attempt ends.
+struct DropLive<'a> {
+    engine: &'a Engine,
+    key: &'a LiveKey,
+    keep: bool,
+}
+
+impl Drop for DropLive<'_> {
+    fn drop(&mut self) {
+        if self.keep {
+            self.engine.live.committed(self.key);
+        } else {
+            self.engine.live.drop_attempt(self.key);
+        }
+    }
+}
+
+async fn answer(
+    engine: &Arc<Engine>,
+    attempt: &Attempt,
+    key: &LiveKey,
+    deadline: Instant,
+) -> Result<Result<Answer, End>, EngineError> {
+    let began = Instant::now();
+    let model = match engine.models.resolve(&attempt.model) {
+        Ok(model) => model,
+        Err(failure) => return Ok(Err(End::Failed(failure))),
+    };
+    let mut request = context(attempt);
+    let (messages, last) = history::to_model(&attempt.history, &attempt.model);
+    request.messages = messages;
+    let report = fit_history(&mut request, &model, last);
+    if report.too_large {
+        let failure = Failure::new(
+            Code::ProviderRejected,
+            "the message is larger than the model's window; send less, or choose another model",
+        );
+        return Ok(Err(End::Failed(failure)));
+    }
+    let notice = report.notice().or_else(|| attempt.history_cut.then(|| HISTORY_CUT.to_owned()));
+    if let Some(notice) = notice {
+        // Once per turn: the store keeps the first.
+        let noticed = engine.store.add_notice(attempt.turn, attempt.fence, &notice).await?;
+        engine.tell(noticed);
+    }
+    Phase::Context.observe(began.elapsed());
+
+    let asked = Instant::now();
+    // Its stream is dropped with this future: nothing goes on behind a cancelled attempt.
+    let mut stream = match engine.models.stream_with_retry(request, deadline).await {
+        Ok(stream) => stream,
+        Err(error) => return Ok(Err(End::Failed(error.failure()))),
+    };
+    Phase::ModelFirstToken.observe(asked.elapsed());
+    let streaming = Instant::now();
+    let read = read(engine, key, &mut stream).await;
+    Phase::ModelStream.observe(streaming.elapsed());
+    Ok(read.map_err(|error| if error.retryable() { End::Broken(error) } else { End::Failed(error.failure()) }))
+}
+
+fn context(attempt: &Attempt) -> ModelRequest {
+    let offered = offered(attempt);
+    let machine = attempt.daemon.as_ref().map(|daemon| Machine {
+        hostname: &daemon.hostname,
+        os: &daemon.os,
+        root: daemon.roots.iter().find(|root| root.id == attempt.root_id),
+    });
+    let system = system_prompt(&PromptFacts {
+        date: chrono::Utc::now().date_naive(),
+        machine,
+        tools: &offered,
+        plan: attempt.mode == pb::ChatMode::Plan,
+    });
+    let spec = |tool: &&pb::ToolDeclaration| ToolSpec {
+        name: tool.name.clone(),
+        description: tool.description.clone(),
+        input_schema: serde_json::from_str(&tool.input_schema_json)
+            .or_else(|_| serde_json::from_str(ANY_OBJECT))
+            .unwrap_or_default(),
+    };
+    ModelRequest {
+        model: attempt.model.clone(),
+        system,
+        messages: Vec::new(),
+        tools: offered.iter().map(spec).collect(),
+        max_output_tokens: 0,
+    }
+}
+
+fn offered(attempt: &Attempt) -> Vec<&pb::ToolDeclaration> {
+    attempt
+        .daemon
+        .as_ref()
+        .map_or_else(Vec::new, |daemon| tools::offered(&daemon.tools, &attempt.root_id, attempt.mode))
+}
+
+/// Reads the stream to its end; what comes goes to viewers on the way.
+async fn read(engine: &Arc<Engine>, key: &LiveKey, stream: &mut ModelStream) -> Result<Answer, ModelError> {
+    let mut answer = Answer::default();
+    let trace = TraceContext::current();
+    let publish = || engine.publisher.deltas(key.user, key.chat, engine.live.take(key), &trace);
+    let mut due: Option<Instant> = None;
+    loop {
+        let event = tokio::select! {
+            biased;
+            () = async { tokio::time::sleep_until(due.unwrap_or_else(Instant::now)).await }, if due.is_some() => {
+                publish();
+                due = None;
+                continue;
+            }
+            event = stream.next() => event,
+        };
+        let event = match event {
+            Some(event) => event?,
+            None => break,
+        };
+        match answer.apply(event) {
+            Change::Opened { position, kind, tool } => {
+                if position >= limits::MESSAGE_TOOL_CALLS_MAX * 2 {
+                    return Err(ModelError::TooLarge { what: "too many blocks".to_owned() });
+                }
+                engine.live.block(key, position, kind, &tool);
+            }
+            Change::Grew { position, piece } => match engine.live.push(key, position, &piece) {
+                Push::Now => {
+                    publish();
+                    due = None;
+                }
+                Push::After(wait) => due = due.or_else(|| Some(Instant::now() + wait)),
+                Push::TooLarge => return Err(ModelError::TooLarge { what: "too much text".to_owned() }),
+            },
+            Change::None => {}
+        }
+    }
+    publish();
+    if answer.stop.is_none() {
+        return Err(ModelError::CutStream);
+    }
+    Ok(answer)
+}
+
+async fn commit(
+    engine: &Arc<Engine>,
+    attempt: Attempt,
+    answer: Answer,
+    mut void: DropLive<'_>,
+    heart: &Heart,
+    deadline: Instant,
+) -> Result<End, EngineError> {
+    let began = Instant::now();
+    let (blocks, calls) = judge(engine, &attempt, answer.blocks);
+    let message = NewAssistant {
+        turn: attempt.turn,
+        fence: attempt.fence,
+        message: attempt.message,
+        iteration: attempt.iteration,
+        model: attempt.model.clone(),
+        blocks,
+        stop_reason: answer.stop.unwrap_or(pb::StopReason::EndTurn),
+        usage: answer.usage.unwrap_or_default(),
+        calls,
+    };
+    let mut backoff = Backoff::new(COMMIT_RETRY_MIN, COMMIT_RETRY_MAX);
+    // The answer is paid for and shown: while Postgres is away it is kept rather than made again.
+    let committed = loop {
+        match engine.store.commit_message(message.clone()).await {
+            Ok(committed) => break committed,
+            Err(error) if error.is_retryable() && Instant::now() < deadline => {
+                tracing::warn!(%error, turn.id = %message.turn, "a message was not committed; trying again");
+            }
+            // What cannot be stored now cannot be stored later, and asking the model again costs.
+            Err(error) if !error.is_retryable() => {
+                tracing::error!(%error, turn.id = %message.turn, "a message cannot be stored");
+                return Ok(End::Failed(error.into()));
+            }
+            Err(error) => return Err(error.into()),
+        }
+        tokio::select! {
+            () = backoff.wait() => {}
+            () = heart.stopped() => return Err(EngineError::Stopped),
+        }
+    };
+    Phase::Persist.observe(began.elapsed());
+    let fenced = matches!(committed.value, CommitOutcome::Fenced);
+    void.keep = !fenced;
+    drop(void);
+    engine.tell_with(committed, false);
+    Ok(if fenced { End::Lost } else { End::Committed })
+}
+
+/// Splits the answer into what is stored as text and what is stored as calls, and judges the calls.
+fn judge(engine: &Engine, attempt: &Attempt, blocks: Vec<crate::answer::Growing>) -> (Vec<NewBlock>, Vec<NewCall>) {
+    let declared: Vec<&pb::ToolDeclaration> = attempt
+        .daemon
+        .as_ref()
+        .map_or_else(Vec::new, |daemon| tools::offered(&daemon.tools, &attempt.root_id, pb::ChatMode::Auto));
+    let mut stored = Vec::with_capacity(blocks.len());
+    let mut calls = Vec::new();
+    for block in blocks {
+        match block.kind {
+            BlockKind::Text => stored.push(NewBlock::Text { text: block.text }),
+            BlockKind::Thinking => stored.push(NewBlock::Thinking { text: block.text, signature: block.signature }),
+            BlockKind::ToolUse { provider_id, name } => {
+                let mut verdict = engine.schemas.judge(&declared, attempt.mode, &name, &block.text);
+                if calls.len() >= limits::MESSAGE_TOOL_CALLS_MAX {
+                    let text = format!(
+                        "more than {} calls at once; make the rest in the next round",
+                        limits::MESSAGE_TOOL_CALLS_MAX
+                    );
+                    verdict.refused = Some(Failure::new(Code::ToolNotAllowed, text));
+                }
+                stored.push(NewBlock::ToolUse { call: calls.len() });
+                calls.push(NewCall {
+                    index: calls.len() as i32,
+                    provider_id,
+                    tool: name,
+                    input: if block.text.trim().is_empty() { "{}".to_owned() } else { block.text },
+                    read_only: verdict.read_only,
+                    repeatable: verdict.read_only,
+                    needs_approval: verdict.needs_approval,
+                    timeout: verdict.timeout,
+                    refused: verdict.refused,
+                });
+            }
+        }
+    }
+    (stored, calls)
+}

@@ -1,0 +1,188 @@
+//! Sending tool calls to their daemon.
+//!
+//! A dispatch's generation is durable before it is sent, so that whatever happens next is known for what it is. No
+//! answer means nothing: only the daemon's journal says what ran.
+
+use std::{sync::Arc, time::Duration};
+
+use futures::StreamExt;
+use reliant_bus::{BusError, ToolSubject};
+use reliant_flows::Step;
+use reliant_store::CancelCall;
+use reliant_telemetry::{
+    TraceContext, hop_span,
+    metrics::{self, Phase},
+};
+use reliant_types::{ChatId, ToolCallId, TurnId, limits, pb};
+use tracing::Instrument;
+
+use crate::engine::{Engine, EngineError};
+
+/// Dispatches of one round under way at one time.
+const PARALLEL: usize = 32;
+/// A call that took longer than this is shown as running; a quicker one goes straight to its result.
+const RUNNING_AFTER: Duration = Duration::from_millis(20);
+/// After an unclear answer the turn is looked at again this soon.
+const LOOK_AGAIN: Duration = Duration::from_secs(2);
+
+/// What became of one dispatch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Sent {
+    /// The daemon has it; its result wakes.
+    Taken,
+    /// Postgres has changed: ask it.
+    Changed,
+    /// Nobody knows whether it arrived.
+    Unclear,
+}
+
+/// Sends all of `calls` and says what is next.
+pub async fn dispatch(
+    engine: &Arc<Engine>,
+    chat: ChatId,
+    turn: TurnId,
+    calls: &[ToolCallId],
+) -> Result<Step, EngineError> {
+    match send_all(engine, calls).await? {
+        Sent::Taken => Ok(Step::Wait { turn, for_ms: None }),
+        Sent::Changed => engine.next_step(chat).await,
+        Sent::Unclear => Ok(look_again(turn)),
+    }
+}
+
+/// Nobody knows: a little later Postgres, and through it the daemon's journal, is asked again.
+pub fn look_again(turn: TurnId) -> Step {
+    Step::Wait { turn, for_ms: Some(LOOK_AGAIN.as_millis() as u64) }
+}
+
+/// The worst of what became of them.
+pub async fn send_all(engine: &Arc<Engine>, calls: &[ToolCallId]) -> Result<Sent, EngineError> {
+    let mut sent = futures::stream::iter(calls.iter().copied())
+        .map(|call| {
+            let engine = engine.clone();
+            async move { send(&engine, call).await }
+        })
+        .buffer_unordered(PARALLEL);
+    let mut worst = Sent::Taken;
+    let mut failed = None;
+    // All are sent even when one fails: each stands for itself.
+    while let Some(outcome) = sent.next().await {
+        match outcome {
+            Ok(outcome) => worst = worst.max(outcome),
+            Err(error) => failed = Some(error),
+        }
+    }
+    failed.map_or(Ok(worst), Err)
+}
+
+async fn send(engine: &Arc<Engine>, call: ToolCallId) -> Result<Sent, EngineError> {
+    let began = std::time::Instant::now();
+    let span = tracing::info_span!(
+        "tool.dispatch",
+        otel.kind = "producer",
+        tool.call_id = %call,
+        tool.generation = tracing::field::Empty,
+        gen_ai.tool.name = tracing::field::Empty,
+        daemon.id = tracing::field::Empty,
+    );
+    let mut prepared = engine.store.prepare_dispatch(call).instrument(span.clone()).await?;
+    let order = prepared.value.take();
+    span.in_scope(|| engine.tell(prepared));
+    // Not to be sent any more, or its daemon is away.
+    let Some(order) = order else { return Ok(Sent::Changed) };
+    let (daemon, generation) = (order.daemon, order.call.generation);
+    span.record("tool.generation", generation);
+    span.record("gen_ai.tool.name", order.call.tool.as_str());
+    span.record("daemon.id", tracing::field::display(daemon));
+    // What crosses is the context of a span that has ended: a kill cannot orphan what follows.
+    let trace = hop_span(span);
+
+    engine.rounds.sent(call);
+    let request = pb::ToolRequest { request: Some(pb::tool_request::Request::Dispatch(order.call)) };
+    let asked = engine.bus.request_with(&trace, &ToolSubject { daemon }, &request, limits::NATS_REQUEST_TIMEOUT).await;
+    Phase::ToolRoute.observe(began.elapsed());
+    let count = |outcome: &str| metrics::TOOL_DISPATCH.with_label_values(&[outcome]).inc();
+    let reply = match asked {
+        Ok(pb::ToolReply { reply: Some(pb::tool_reply::Reply::Dispatch(reply)) }) => reply,
+        Ok(_) => {
+            count("failed");
+            return Ok(Sent::Unclear);
+        }
+        Err(error) if error.surely_not_delivered() => {
+            count("away");
+            let committed = engine.store.daemon_away(call, generation).await?;
+            engine.tell_with(committed, false);
+            return Ok(Sent::Changed);
+        }
+        Err(error) => {
+            count(if matches!(error, BusError::Timeout(_)) { "timeout" } else { "failed" });
+            tracing::warn!(%error, tool.call_id = %call, "a dispatch was not answered");
+            return Ok(Sent::Unclear);
+        }
+    };
+    match reply.outcome() {
+        outcome @ (pb::DispatchOutcome::Started | pb::DispatchOutcome::Attached) => {
+            count(if outcome == pb::DispatchOutcome::Started { "started" } else { "attached" });
+            let (engine, trace) = (engine.clone(), trace);
+            tokio::spawn(async move { mark_running(&engine, call, generation, reply, trace).await });
+            Ok(Sent::Taken)
+        }
+        pb::DispatchOutcome::Finished => {
+            count("finished");
+            Ok(Sent::Taken)
+        }
+        outcome @ (pb::DispatchOutcome::Tombstone | pb::DispatchOutcome::Refused) => {
+            count(if outcome == pb::DispatchOutcome::Refused { "refused" } else { "tombstone" });
+            let committed = engine.store.dispatch_replied(call, generation, &reply).await?;
+            engine.tell_with(committed, false);
+            Ok(Sent::Changed)
+        }
+        pb::DispatchOutcome::Unspecified => {
+            count("failed");
+            Ok(Sent::Unclear)
+        }
+    }
+}
+
+/// Behind the turn's path, and not at all for a call that has its result already.
+async fn mark_running(
+    engine: &Arc<Engine>,
+    call: ToolCallId,
+    generation: i64,
+    reply: pb::DispatchReply,
+    trace: TraceContext,
+) {
+    tokio::time::sleep(RUNNING_AFTER).await;
+    if engine.rounds.is_settled(call) {
+        return;
+    }
+    let span = tracing::info_span!("tool.dispatch", tool.call_id = %call);
+    trace.set_parent(&span);
+    async {
+        match engine.store.dispatch_replied(call, generation, &reply).await {
+            Ok(committed) => engine.tell(committed),
+            Err(error) => tracing::debug!(%error, "a call was not marked as running"),
+        }
+    }
+    .instrument(span)
+    .await;
+}
+
+/// Asks the daemon to stop a call of a turn that was cancelled. It is asked again until it answers.
+pub async fn cancel(engine: &Arc<Engine>, cancel: CancelCall) {
+    let CancelCall { call, generation, daemon } = cancel;
+    let message = pb::CancelCall { call_id: call.to_string(), generation };
+    let request = pb::ToolRequest { request: Some(pb::tool_request::Request::Cancel(message)) };
+    let reply = match engine.bus.request(&ToolSubject { daemon }, &request, limits::NATS_REQUEST_TIMEOUT).await {
+        Ok(pb::ToolReply { reply: Some(pb::tool_reply::Reply::Cancel(reply)) }) => reply,
+        Ok(_) => return,
+        Err(error) => {
+            tracing::debug!(%error, tool.call_id = %call, "a cancel was not answered");
+            return;
+        }
+    };
+    match engine.store.cancel_replied(call, generation, &reply).await {
+        Ok(committed) => engine.tell(committed),
+        Err(error) => tracing::debug!(%error, tool.call_id = %call, "a cancel's answer was not stored"),
+    }
+}

@@ -1,0 +1,183 @@
+//! What all parts of the worker share, and what follows a commit: hints and wakes, never on the commit's own path.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use parking_lot::Mutex;
+use reliant_bus::Bus;
+use reliant_flows::{DriverError, Flows, Step};
+use reliant_models::Models;
+use reliant_store::{Committed, Store, StoreError, Wake};
+use reliant_telemetry::{TraceContext, hop, metrics};
+use reliant_types::{ChatId, Code, InstanceId, TurnId, pb};
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+
+use crate::{live::Live, publish::Publisher, rounds::Rounds, tools::Schemas};
+
+/// Wakes and other short errands under way at one time; past that they wait their turn.
+const ERRANDS_MAX: usize = 256;
+
+/// Why the worker could not do a step now; Temporal tries again.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error("the attempt was told to stop, and is tried again elsewhere")]
+    Stopped,
+}
+
+impl From<EngineError> for DriverError {
+    fn from(error: EngineError) -> Self {
+        DriverError::new(error)
+    }
+}
+
+pub struct Engine {
+    pub store: Store,
+    pub bus: Bus,
+    pub flows: Flows,
+    pub models: Models,
+    pub publisher: Publisher,
+    pub live: Live,
+    pub rounds: Arc<Rounds>,
+    pub schemas: Schemas,
+    pub cancels: Cancels,
+    pub instance: InstanceId,
+    /// Results that come this soon after their dispatch are fed to the model without a detour.
+    pub inline_wait: Duration,
+    pub draining: CancellationToken,
+    pub errands: Arc<Semaphore>,
+}
+
+impl Engine {
+    pub fn errands() -> Arc<Semaphore> {
+        Arc::new(Semaphore::new(ERRANDS_MAX))
+    }
+
+    /// What the chat needs now, as the workflow says it.
+    pub async fn next_step(self: &Arc<Self>, chat: ChatId) -> Result<Step, EngineError> {
+        let committed = match self.store.next_step(chat).await {
+            Ok(committed) => committed,
+            // A chat that is gone has nothing to do; asking again would change nothing.
+            Err(StoreError::NotFound { .. }) => return Ok(Step::Idle),
+            Err(error) => return Err(error.into()),
+        };
+        let step = to_step(&committed.value);
+        self.tell(committed);
+        Ok(step)
+    }
+
+    /// Tells viewers of a commit, and wakes the chat where there is something to do.
+    pub fn tell<T>(self: &Arc<Self>, committed: Committed<T>) {
+        self.tell_with(committed, true);
+    }
+
+    pub fn tell_with<T>(self: &Arc<Self>, committed: Committed<T>, wake: bool) {
+        let Committed { value: _, user, events, feed, wake: wanted } = committed;
+        events.iter().for_each(measure);
+        self.publisher.events(user, events);
+        self.publisher.feed(user, feed);
+        let Some(wanted) = wanted.filter(|_| wake) else { return };
+        // Over the bound the relay wakes instead.
+        let Ok(place) = self.errands.clone().try_acquire_owned() else { return };
+        let engine = self.clone();
+        tokio::spawn(async move {
+            let _place = place;
+            engine.wake(&wanted).await;
+        });
+    }
+
+    pub async fn wake(&self, wake: &Wake) {
+        let parent = TraceContext::from_traceparent(&wake.traceparent);
+        let span = tracing::info_span!("turn.wake", otel.kind = "producer", chat.id = %wake.chat);
+        let trace = hop(&parent, span);
+        let timer = metrics::guard(&metrics::WAKES, &[]);
+        match self.flows.wake(wake.chat, &trace.traceparent).await {
+            Ok(()) => timer.done("ok"),
+            Err(error) => {
+                timer.done("failed");
+                tracing::debug!(%error, chat.id = %wake.chat, "a wake failed; the relay repeats it");
+            }
+        }
+    }
+}
+
+/// Model calls of this worker that a hint may end at once.
+#[derive(Default)]
+pub struct Cancels {
+    tokens: Mutex<HashMap<TurnId, (u64, CancellationToken)>>,
+    count: AtomicU64,
+}
+
+impl Cancels {
+    pub fn register(&self, turn: TurnId) -> CancelGuard<'_> {
+        let token = CancellationToken::new();
+        let number = self.count.fetch_add(1, Ordering::Relaxed);
+        self.tokens.lock().insert(turn, (number, token.clone()));
+        CancelGuard { cancels: self, turn, number, token }
+    }
+
+    pub fn cancel(&self, turn: TurnId) {
+        if let Some((_, token)) = self.tokens.lock().get(&turn) {
+            token.cancel();
+        }
+    }
+}
+
+pub struct CancelGuard<'a> {
+    cancels: &'a Cancels,
+    turn: TurnId,
+    number: u64,
+    pub token: CancellationToken,
+}
+
+impl Drop for CancelGuard<'_> {
+    fn drop(&mut self) {
+        let mut tokens = self.cancels.tokens.lock();
+        // A younger attempt of the same turn may have taken the place.
+        if tokens.get(&self.turn).is_some_and(|(number, _)| *number == self.number) {
+            tokens.remove(&self.turn);
+        }
+    }
+}
+
+/// Turns are counted where their end is committed, by the database's clock.
+fn measure(event: &pb::ChatEvent) {
+    let Some(pb::chat_event::Kind::TurnChanged(turn)) = &event.kind else { return };
+    let status = match turn.status() {
+        pb::TurnStatus::Succeeded => "succeeded",
+        pb::TurnStatus::Failed => "failed",
+        pb::TurnStatus::Cancelled => "cancelled",
+        _ => return,
+    };
+    if status == "failed" {
+        metrics::TURN_FAILED.with_label_values(&[Code::parse(&turn.error_code).as_str()]).inc();
+    }
+    if let Some(time) = between(turn.created_at.as_ref(), turn.ended_at.as_ref()) {
+        metrics::TURN_DURATION.with_label_values(&[status]).observe(time.as_secs_f64());
+    }
+}
+
+/// The time between two of the database's stamps.
+pub fn between(from: Option<&prost_types::Timestamp>, to: Option<&prost_types::Timestamp>) -> Option<Duration> {
+    let micros = |time: &prost_types::Timestamp| time.seconds * 1_000_000 + i64::from(time.nanos / 1000);
+    let micros = micros(to?).checked_sub(micros(from?))?;
+    Some(Duration::from_micros(u64::try_from(micros).ok()?))
+}
+
+fn to_step(step: &reliant_store::Step) -> Step {
+    use reliant_store::Step as Stored;
+    match step {
+        Stored::CallModel { turn, iteration } => Step::CallModel { turn: *turn, iteration: *iteration },
+        Stored::Dispatch { turn, calls } => Step::Dispatch { turn: *turn, calls: calls.clone() },
+        Stored::Wait { turn, for_ms } => Step::Wait { turn: *turn, for_ms: *for_ms },
+        Stored::Idle => Step::Idle,
+    }
+}

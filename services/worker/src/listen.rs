@@ -1,0 +1,73 @@
+//! The small loops of a worker: refills, cancel hints, lengths of live text, the instance's heartbeat.
+//!
+//! A loop that receives does no work that waits on others: a refill is answered from memory.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use reliant_bus::{BusError, CancelSubject, PrefixSubject};
+use reliant_runtime::Drain;
+use reliant_store::Heartbeat;
+use reliant_types::limits;
+
+use crate::engine::Engine;
+
+const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(5);
+
+pub async fn prefixes(engine: Arc<Engine>) -> Result<(), BusError> {
+    let mut requests = engine.bus.subscribe(&PrefixSubject { producer: engine.instance.0 }).await?;
+    while let Some(received) = requests.next().await {
+        let reply = engine.live.refill(&received.message);
+        if let Err(error) = received.reply(&engine.bus, &reply).await {
+            tracing::debug!(%error, "a refill was not answered; it is asked for again");
+        }
+    }
+    Ok(())
+}
+
+pub async fn cancels(engine: Arc<Engine>) -> Result<(), BusError> {
+    let mut hints = engine.bus.subscribe(&CancelSubject { producer: engine.instance.0 }).await?;
+    while let Some(received) = hints.next().await {
+        if let Ok(turn) = received.message.turn_id.parse() {
+            engine.cancels.cancel(turn);
+        }
+    }
+    Ok(())
+}
+
+pub async fn lengths(engine: Arc<Engine>) {
+    let mut tick = tokio::time::interval(limits::LENGTH_INTERVAL);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tick.tick().await;
+        for (user, chat, lengths) in engine.live.tick() {
+            engine.publisher.lengths(user, chat, lengths);
+        }
+    }
+}
+
+pub async fn until_forgotten(engine: &Engine) {
+    let deadline = tokio::time::Instant::now() + limits::PREFIX_HOLD + limits::LENGTH_INTERVAL;
+    while !engine.live.is_empty() && tokio::time::Instant::now() < deadline {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+pub async fn heartbeat(engine: Arc<Engine>, address: SocketAddr, drain: Drain) {
+    let mut tick = tokio::time::interval(HEARTBEAT_INTERVAL);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tick.tick().await;
+        let beat = Heartbeat {
+            id: engine.instance,
+            role: "worker",
+            version: reliant_runtime::VERSION.to_owned(),
+            address: address.to_string(),
+            load: serde_json::json!({ "live_messages": engine.live.len() }),
+            draining: drain.is_draining(),
+        };
+        let told = engine.store.heartbeat_instance(&beat).await;
+        if let Err(error) = told {
+            tracing::debug!(%error, "the instance's heartbeat was not stored");
+        }
+    }
+}

@@ -1,0 +1,77 @@
+//! Wakes again what nobody has looked at: the reason why a lost wake only delays.
+
+use std::{sync::Arc, time::Duration};
+
+use futures::StreamExt;
+use reliant_telemetry::metrics;
+
+use crate::{dispatch, engine::Engine};
+
+const UNSEEN_INTERVAL: Duration = Duration::from_secs(1);
+/// A wake usually arrives within milliseconds; what is older was lost.
+const UNSEEN_AGE: Duration = Duration::from_secs(2);
+const STALE_INTERVAL: Duration = Duration::from_secs(30);
+const CANCEL_INTERVAL: Duration = Duration::from_secs(2);
+/// Chats woken in one round.
+const BATCH: i64 = 200;
+/// Signals under way at one time.
+const PARALLEL: usize = 16;
+
+pub async fn run(engine: Arc<Engine>) {
+    tokio::join!(unseen(&engine), stale(&engine), cancels(&engine));
+}
+
+async fn unseen(engine: &Arc<Engine>) {
+    let mut tick = ticker(UNSEEN_INTERVAL);
+    loop {
+        tick.tick().await;
+        match engine.store.unseen_chats(UNSEEN_AGE, BATCH).await {
+            Ok(wakes) => wake_all(engine, wakes, "unseen").await,
+            Err(error) => tracing::debug!(%error, "the relay could not look for unseen chats"),
+        }
+    }
+}
+
+async fn stale(engine: &Arc<Engine>) {
+    let mut tick = ticker(STALE_INTERVAL);
+    loop {
+        tick.tick().await;
+        match engine.store.stale_open_turns(BATCH).await {
+            Ok(wakes) => wake_all(engine, wakes, "stale").await,
+            Err(error) => tracing::debug!(%error, "the relay could not look for open turns"),
+        }
+    }
+}
+
+/// Cancels that no daemon has answered yet.
+async fn cancels(engine: &Arc<Engine>) {
+    let mut tick = ticker(CANCEL_INTERVAL);
+    loop {
+        tick.tick().await;
+        match engine.store.cancels_to_resend(BATCH).await {
+            Ok(calls) => {
+                let send = |call| async move { dispatch::cancel(engine, call).await };
+                futures::stream::iter(calls).for_each_concurrent(PARALLEL, send).await;
+            }
+            Err(error) => tracing::debug!(%error, "the relay could not look for cancels"),
+        }
+    }
+}
+
+async fn wake_all(engine: &Arc<Engine>, wakes: Vec<reliant_store::Wake>, reason: &'static str) {
+    if wakes.is_empty() {
+        return;
+    }
+    metrics::RELAY_REWAKES.with_label_values(&[reason]).inc_by(wakes.len() as u64);
+    futures::stream::iter(wakes)
+        .for_each_concurrent(PARALLEL, |wake| async move {
+            engine.wake(&wake).await;
+        })
+        .await;
+}
+
+fn ticker(period: Duration) -> tokio::time::Interval {
+    let mut tick = tokio::time::interval(period);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    tick
+}

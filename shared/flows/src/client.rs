@@ -1,0 +1,226 @@
+//! The client: wakes chats. It reconnects in the background and never blocks a start.
+
+use std::{collections::HashMap, str::FromStr, sync::Arc, time::Duration};
+
+use reliant_types::{ChatId, Code, Failure};
+use temporalio_client::{
+    Client, ClientKeepAliveOptions, ClientOptions, Connection, ConnectionOptions, GrpcCompression, RetryOptions,
+    TlsOptions, Url, WorkflowStartOptions, errors::WorkflowStartError,
+};
+use temporalio_common::protos::temporal::api::{common::v1::Header, workflowservice::v1::DescribeNamespaceRequest};
+use tokio::sync::watch;
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use crate::{
+    FlowsConfig, trace,
+    workflow::{ChatInput, ChatWorkflow, Wake},
+};
+
+/// A workflow task of a dead worker is given to another after this long.
+pub(crate) const WORKFLOW_TASK_TIMEOUT: Duration = Duration::from_secs(3);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+const CONNECT_RETRY_MIN: Duration = Duration::from_millis(100);
+const CONNECT_RETRY_MAX: Duration = Duration::from_secs(2);
+
+#[derive(Debug, thiserror::Error)]
+pub enum FlowsError {
+    #[error("the Temporal address '{address}' is not a URL such as http://127.0.0.1:7233")]
+    Address { address: String },
+    #[error("the Temporal API key file cannot be read")]
+    ApiKey(#[source] std::io::Error),
+    /// No connection yet, or the call failed; the relay wakes again.
+    #[error("Temporal cannot be reached: {0}")]
+    Unavailable(String),
+    #[error("Temporal did not answer in {0:?}")]
+    Timeout(Duration),
+    #[error("the Temporal worker cannot be set up: {0}")]
+    Worker(String),
+}
+
+impl From<FlowsError> for Failure {
+    fn from(error: FlowsError) -> Self {
+        let code = match &error {
+            FlowsError::Address { .. } | FlowsError::ApiKey(_) => Code::InvalidArgument,
+            FlowsError::Unavailable(_) | FlowsError::Timeout(_) => Code::Unavailable,
+            FlowsError::Worker(_) => Code::Internal,
+        };
+        Failure::new(code, error.to_string())
+    }
+}
+
+/// A handle to Temporal that is cheap to clone.
+#[derive(Clone)]
+pub struct Flows {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    config: FlowsConfig,
+    client: watch::Receiver<Option<Client>>,
+    _connecting: DropGuard,
+}
+
+impl Flows {
+    /// Checks the configuration, and connects in the background for as long as it takes.
+    pub async fn connect(config: &FlowsConfig) -> Result<Self, FlowsError> {
+        connection_options(config, "reliant")?;
+        let (sender, mut client) = watch::channel(None);
+        let stop = CancellationToken::new();
+        let (task_config, task_stop) = (config.clone(), stop.clone());
+        tokio::spawn(async move {
+            if let Some(client) = connect_until(&task_config, "reliant", &task_stop).await {
+                sender.send_replace(Some(client));
+                // The channel below reconnects by itself from now on.
+                task_stop.cancelled().await;
+            }
+        });
+        // The usual case, a server that is there, is ready when this returns.
+        let _ = tokio::time::timeout(Duration::from_secs(1), client.wait_for(Option::is_some)).await;
+        Ok(Self { inner: Arc::new(Inner { config: config.clone(), client, _connecting: stop.drop_guard() }) })
+    }
+
+    fn client(&self) -> Result<Client, FlowsError> {
+        self.inner.client.borrow().clone().ok_or_else(|| FlowsError::Unavailable("not connected yet".to_owned()))
+    }
+
+    /// Starts or signals the chat's workflow. Carries no state: a lost wake delays, it loses nothing.
+    pub async fn wake(&self, chat: ChatId, traceparent: &str) -> Result<(), FlowsError> {
+        let client = self.client()?;
+        let config = &self.inner.config;
+        let mut options = WorkflowStartOptions::new(config.task_queue.clone(), workflow_id(chat))
+            .task_timeout(WORKFLOW_TASK_TIMEOUT)
+            .build();
+        if !traceparent.is_empty() {
+            let fields = HashMap::from([(trace::TRACEPARENT.to_owned(), trace::payload(traceparent))]);
+            options.header = Some(Header { fields });
+        }
+        let input = ChatInput { chat, linger_ms: config.linger.as_millis() as u64 };
+        let wake = Wake { traceparent: traceparent.to_owned() };
+        let call = client.signal_with_start_workflow(ChatWorkflow::run, input, ChatWorkflow::wake, wake, options);
+        match tokio::time::timeout(config.rpc_timeout, call).await {
+            Err(_) => Err(FlowsError::Timeout(config.rpc_timeout)),
+            // Cannot come of a signal-with-start; if it does, the workflow runs, and the relay sees to the rest.
+            Ok(Ok(_) | Err(WorkflowStartError::AlreadyStarted { .. })) => Ok(()),
+            Ok(Err(error)) => Err(FlowsError::Unavailable(error.to_string())),
+        }
+    }
+
+    /// Whether Temporal answers for our namespace.
+    pub async fn ping(&self) -> Result<(), FlowsError> {
+        let client = self.client()?;
+        let limit = self.inner.config.rpc_timeout.min(Duration::from_secs(2));
+        let request = DescribeNamespaceRequest { namespace: self.inner.config.namespace.clone(), ..Default::default() };
+        let mut request = tonic::Request::new(request);
+        request.set_timeout(limit);
+        let mut service = client.connection().workflow_service();
+        match tokio::time::timeout(limit, service.describe_namespace(request)).await {
+            Err(_) => Err(FlowsError::Timeout(limit)),
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(status)) => Err(FlowsError::Unavailable(status.message().to_owned())),
+        }
+    }
+
+    pub fn config(&self) -> &FlowsConfig {
+        &self.inner.config
+    }
+
+    pub fn is_connected(&self) -> bool {
+        self.inner.client.borrow().is_some()
+    }
+}
+
+/// The id under which a chat's workflow runs; at most one is open.
+pub fn workflow_id(chat: ChatId) -> String {
+    format!("chat:{chat}")
+}
+
+fn connection_options(config: &FlowsConfig, identity: &str) -> Result<ConnectionOptions, FlowsError> {
+    let text =
+        if config.address.contains("://") { config.address.clone() } else { format!("http://{}", config.address) };
+    let url = match Url::from_str(&text) {
+        Ok(url) if url.has_host() && matches!(url.scheme(), "http" | "https") => url,
+        _ => return Err(FlowsError::Address { address: config.address.clone() }),
+    };
+    let api_key = match &config.api_key_file {
+        Some(path) => Some(std::fs::read_to_string(path).map_err(FlowsError::ApiKey)?.trim().to_owned()),
+        None => None,
+    };
+    let tls = (url.scheme() == "https").then(TlsOptions::default);
+    Ok(ConnectionOptions::new(url)
+        .identity(identity)
+        .maybe_tls_options(tls)
+        .maybe_api_key(api_key)
+        .connect_timeout(CONNECT_TIMEOUT)
+        .retry_options(RetryOptions::no_retries())
+        .keep_alive(Some(
+            ClientKeepAliveOptions::builder().interval(Duration::from_secs(5)).timeout(Duration::from_secs(5)).build(),
+        ))
+        .grpc_compression(GrpcCompression::None)
+        .build())
+}
+
+pub(crate) async fn connect_once(config: &FlowsConfig, identity: &str) -> Result<Client, FlowsError> {
+    let options = connection_options(config, identity)?;
+    let connection = tokio::time::timeout(CONNECT_TIMEOUT, Connection::connect(options))
+        .await
+        .map_err(|_| FlowsError::Timeout(CONNECT_TIMEOUT))?
+        .map_err(|error| FlowsError::Unavailable(error.to_string()))?;
+    Client::new(connection, ClientOptions::new(config.namespace.clone()).build())
+        .map_err(|error| FlowsError::Worker(error.to_string()))
+}
+
+/// `connect` of the SDK fails at once while the server is away, hence the loop.
+pub(crate) async fn connect_until(config: &FlowsConfig, identity: &str, stop: &CancellationToken) -> Option<Client> {
+    let mut delay = CONNECT_RETRY_MIN;
+    let mut told = false;
+    loop {
+        let tried = tokio::select! {
+            biased;
+            () = stop.cancelled() => return None,
+            tried = connect_once(config, identity) => tried,
+        };
+        match tried {
+            Ok(client) => {
+                if told {
+                    tracing::info!(temporal.address = %config.address, "connected to Temporal");
+                }
+                return Some(client);
+            }
+            Err(error) if !told => {
+                told = true;
+                tracing::warn!(temporal.address = %config.address, %error, "Temporal is away; trying on");
+            }
+            Err(error) => tracing::debug!(%error, "Temporal is still away"),
+        }
+        tokio::select! {
+            () = stop.cancelled() => return None,
+            () = tokio::time::sleep(delay) => {}
+        }
+        delay = (delay * 2).min(CONNECT_RETRY_MAX);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_checked() {
+        let check = |address: &str| {
+            connection_options(&FlowsConfig { address: address.to_owned(), ..Default::default() }, "x").is_ok()
+        };
+        assert!(check("http://127.0.0.1:7233"));
+        assert!(check("127.0.0.1:7233"));
+        assert!(check("https://temporal.example:7233"));
+        assert!(!check(""));
+        assert!(!check("ftp://x"));
+    }
+
+    #[tokio::test]
+    async fn a_wake_without_a_server_fails_at_once_and_by_type() {
+        let config = FlowsConfig { address: "127.0.0.1:1".to_owned(), ..Default::default() };
+        let flows = Flows::connect(&config).await.expect("starts without a server");
+        assert!(matches!(flows.wake(ChatId::new(), "").await, Err(FlowsError::Unavailable(_))));
+        assert!(!flows.is_connected());
+    }
+}

@@ -1,0 +1,180 @@
+//! The worker: polls Temporal for workflow tasks and model calls until it is told to drain.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use temporalio_client::Client;
+use temporalio_common::{
+    telemetry::{
+        HistogramBucketOverrides, PrometheusExporterOptions, TelemetryOptions, metrics::CoreMeter,
+        start_prometheus_metric_exporter,
+    },
+    worker::{WorkerDeploymentOptions, WorkerDeploymentVersion},
+};
+use temporalio_sdk::{
+    Runtime, Worker, WorkerOptions,
+    runtime::{
+        PollerBehavior, RuntimeOptions,
+        worker_tuner::{FixedSizeSlotSupplier, TunerHolder},
+    },
+};
+use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    FlowsConfig, FlowsError, WorkerTuning, activities::Activities, client::connect_until, driver::Driver, trace,
+    workflow::ChatWorkflow,
+};
+
+/// A workflow whose worker died is offered to all workers after this long.
+const STICKY_TIMEOUT: Duration = Duration::from_secs(1);
+/// The SDK's own default is 0.8 of the heartbeat timeout, too close to it.
+const HEARTBEAT_THROTTLE: Duration = Duration::from_secs(1);
+/// After the drain's limit, attempts that were told to stop have this long.
+const STOP_GRACE: Duration = Duration::from_secs(5);
+const RESTART_MIN: Duration = Duration::from_millis(200);
+const RESTART_MAX: Duration = Duration::from_secs(5);
+
+/// Polls until `drain` is cancelled and what runs has ended, or was stopped at the drain's limit. A worker that broke
+/// (the namespace is gone, the server was replaced) is set up again.
+pub async fn run_worker(
+    config: FlowsConfig,
+    driver: Arc<dyn Driver>,
+    drain: CancellationToken,
+) -> Result<(), FlowsError> {
+    let runtime = Arc::new(core_runtime(&config.worker)?);
+    let identity = format!("reliant-worker-{}", std::process::id());
+    let mut delay = RESTART_MIN;
+    loop {
+        let Some(client) = connect_until(&config, &identity, &drain).await else { return Ok(()) };
+        let options = chat_options(&config, driver.clone())?;
+        let began = tokio::time::Instant::now();
+        let ended = poll(runtime.clone(), client, options, &drain, config.worker.drain).await;
+        match ended {
+            _ if drain.is_cancelled() => return Ok(()),
+            Ok(()) => tracing::warn!("the Temporal worker stopped by itself; starting another"),
+            Err(error) => tracing::warn!(%error, "the Temporal worker broke; starting another"),
+        }
+        if began.elapsed() > RESTART_MAX {
+            delay = RESTART_MIN;
+        }
+        tokio::select! {
+            () = drain.cancelled() => return Ok(()),
+            () = tokio::time::sleep(delay) => {}
+        }
+        delay = (delay * 2).min(RESTART_MAX);
+    }
+}
+
+fn chat_options(config: &FlowsConfig, driver: Arc<dyn Driver>) -> Result<WorkerOptions, FlowsError> {
+    let builder = WorkerOptions::new(config.task_queue.clone())
+        .max_cached_workflows(config.worker.cached_workflows)
+        .sticky_queue_schedule_to_start_timeout(STICKY_TIMEOUT)
+        .max_heartbeat_throttle_interval(HEARTBEAT_THROTTLE)
+        .default_heartbeat_throttle_interval(HEARTBEAT_THROTTLE)
+        .graceful_shutdown_period(config.worker.drain)
+        .tuner(
+            TunerHolder::builder()
+                .workflow_task_slot_supplier(FixedSizeSlotSupplier::new(config.worker.workflow_slots))
+                .activity_task_slot_supplier(FixedSizeSlotSupplier::new(config.worker.activity_slots))
+                .local_activity_task_slot_supplier(FixedSizeSlotSupplier::new(config.worker.local_activity_slots))
+                .nexus_task_slot_supplier(FixedSizeSlotSupplier::new(1))
+                .build(),
+        )
+        .workflow_task_poller_behavior(PollerBehavior::SimpleMaximum(config.worker.workflow_pollers.max(2)))
+        .activity_task_poller_behavior(PollerBehavior::SimpleMaximum(config.worker.activity_pollers.max(1)))
+        .deployment_options(deployment())
+        .workflow_interceptor(trace::interceptor())
+        .register_activities(Activities { driver });
+    Ok(builder.register_workflow::<ChatWorkflow>().map_err(|e| FlowsError::Worker(e.to_string()))?.build())
+}
+
+/// The build's name in Temporal; without it the SDK hashes the whole executable at start.
+pub(crate) fn deployment() -> WorkerDeploymentOptions {
+    WorkerDeploymentOptions::new(
+        WorkerDeploymentVersion::builder().deployment_name("reliant").build_id(env!("CARGO_PKG_VERSION")).build(),
+    )
+    .build()
+}
+
+/// Runs one worker on a thread of its own: its future holds every workflow's state and cannot move between threads.
+/// Activities run on the shared runtime.
+pub(crate) async fn poll(
+    runtime: Arc<Runtime>,
+    client: Client,
+    options: WorkerOptions,
+    drain: &CancellationToken,
+    limit: Duration,
+) -> Result<(), FlowsError> {
+    let handle = tokio::runtime::Handle::current();
+    let (done_sender, mut done) = oneshot::channel();
+    let stop = drain.clone();
+    std::thread::Builder::new()
+        .name("reliant-workflows".to_owned())
+        .spawn(move || {
+            let ended = handle.block_on(async move {
+                let mut worker =
+                    Worker::new(&runtime, client, options).map_err(|e| FlowsError::Worker(e.to_string()))?;
+                let shutdown = worker.shutdown_handle();
+                let watch = tokio::spawn(async move {
+                    stop.cancelled().await;
+                    shutdown();
+                });
+                let ended = worker.run().await.map_err(|e| FlowsError::Unavailable(e.to_string()));
+                watch.abort();
+                ended
+            });
+            let _ = done_sender.send(ended);
+        })
+        .map_err(|e| FlowsError::Worker(e.to_string()))?;
+    let gone = || FlowsError::Worker("the workflow thread panicked".to_owned());
+    tokio::select! {
+        ended = &mut done => return ended.unwrap_or_else(|_| Err(gone())),
+        () = drain.cancelled() => {}
+    }
+    match tokio::time::timeout(limit + STOP_GRACE, done).await {
+        Ok(ended) => ended.unwrap_or_else(|_| Err(gone())),
+        Err(_) => {
+            tracing::warn!("the Temporal worker did not end within its drain; leaving it");
+            Ok(())
+        }
+    }
+}
+
+pub(crate) fn core_runtime(tuning: &WorkerTuning) -> Result<Runtime, FlowsError> {
+    let telemetry = match tuning.metrics_listen {
+        None => TelemetryOptions::builder().build(),
+        Some(address) => {
+            let exporter = start_prometheus_metric_exporter(
+                PrometheusExporterOptions::builder()
+                    .socket_addr(address)
+                    .counters_total_suffix(true)
+                    .use_seconds_for_durations(true)
+                    .histogram_bucket_overrides(fine_buckets())
+                    .build(),
+            )
+            .map_err(|e| FlowsError::Worker(format!("metrics of the Temporal core at {address}: {e}")))?;
+            TelemetryOptions::builder().metrics(exporter.meter as Arc<dyn CoreMeter>).build()
+        }
+    };
+    let options = RuntimeOptions::builder().telemetry_options(telemetry).build().map_err(FlowsError::Worker)?;
+    Runtime::from_current_tokio(options).map_err(|e| FlowsError::Worker(e.to_string()))
+}
+
+/// The core's default buckets begin at 50 ms, where our whole turn ends.
+fn fine_buckets() -> HistogramBucketOverrides {
+    let seconds = vec![0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0];
+    let names = [
+        "workflow_task_schedule_to_start_latency",
+        "workflow_task_execution_latency",
+        "workflow_task_replay_latency",
+        "workflow_endtoend_latency",
+        "activity_schedule_to_start_latency",
+        "activity_execution_latency",
+        "activity_succeed_endtoend_latency",
+        "local_activity_execution_latency",
+        "request_latency",
+        "long_request_latency",
+    ];
+    let overrides = names.into_iter().map(|name| (name.to_owned(), seconds.clone())).collect::<HashMap<_, _>>();
+    HistogramBucketOverrides { overrides }
+}

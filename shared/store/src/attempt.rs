@@ -1,0 +1,460 @@
+//! Model attempts: claimed under a new fence, committed under it, once per round.
+//!
+//! Invariants: every write of an attempt names its fence, so that a thawed zombie changes nothing; tool calls and their ids
+//! are born in the commit of the message that asks for them; all attempts of a round write the same message.
+
+use chrono::{DateTime, Utc};
+use reliant_types::{
+    ApprovalId, ChatId, DaemonId, Failure, InstanceId, MessageId, ToolCallId, TurnId, UserId, limits,
+    pb::{self, chat_event::Kind, content_block::Block},
+};
+use uuid::Uuid;
+
+use crate::{
+    Attempt, Claim, CommitOutcome, Committed, DaemonTools, NewAssistant, NewBlock, NewCall, Result, Store, StoreError,
+    chat_tx::{ChatTx, Key, NewMessage},
+    rows::{CallRow, MessageRow, TurnRow, calls, clean, declarations, incarnation, mode, turns},
+    settle::{self, TurnEnding},
+};
+
+impl Store {
+    /// Takes the round: later writes of earlier attempts are void. Starts a queued turn, and its clock.
+    pub async fn claim_attempt(&self, turn: TurnId, iteration: i32, producer: InstanceId) -> Result<Committed<Claim>> {
+        self.run("claim_attempt", async || self.claim_once(turn, iteration, producer).await).await
+    }
+
+    async fn claim_once(&self, turn: TurnId, iteration: i32, producer: InstanceId) -> Result<Committed<Claim>> {
+        let mut tx = ChatTx::open(self, Key::Turn(turn)).await?.ok_or(StoreError::not_found("turn"))?;
+        let now = tx.now;
+        let row = sqlx::query!(
+            r#"WITH old AS (SELECT status, live_message_id FROM turns WHERE id = $1)
+               UPDATE turns t SET fence = fence + 1, producer = $3, live_message_id = COALESCE(t.live_message_id, $4),
+                      status = 'running', started_at = COALESCE(started_at, $5),
+                      deadline_at = COALESCE(deadline_at, $5 + deadline_left_ms * interval '1 millisecond')
+               FROM old, chats c LEFT JOIN daemons d ON d.id = c.daemon_id AND d.revoked_at IS NULL
+               WHERE t.id = $1 AND c.id = t.chat_id AND t.iteration = $2 AND t.ended_at IS NULL
+                 AND NOT EXISTS (SELECT FROM tool_calls k WHERE k.turn_id = $1 AND k.ended_at IS NULL)
+                 AND NOT EXISTS (SELECT FROM turns o WHERE o.chat_id = c.id AND o.ended_at IS NULL AND o.ordinal < t.ordinal)
+               RETURNING old.status <> 'running' AS "started!", old.live_message_id IS NOT NULL AS "restarted!",
+                         t.id, t.chat_id, t.message_id, t.ordinal, t.status, t.iteration, t.fence, t.live_message_id,
+                         t.producer, t.traceparent, t.model, t.mode, t.deadline_at AS "deadline!", t.cancel_requested,
+                         t.error_code, t.error_message, t.usage, t.created_at, t.started_at, t.ended_at,
+                         d.id AS "daemon?", d.incarnation, d.hostname AS "hostname?", d.os AS "os?",
+                         d.declarations AS "declarations?""#,
+            turn.0,
+            iteration,
+            producer.0,
+            MessageId::new().0,
+            now,
+        )
+        .fetch_optional(tx.conn())
+        .await?;
+        let Some(row) = row else {
+            let current = turns!(SELECT "WHERE t.id = $1", turn.0).fetch_one(tx.conn()).await?;
+            let claim = if current.iteration > iteration { Claim::AlreadyCommitted } else { Claim::Stale };
+            return tx.nothing(claim).await;
+        };
+        let current = TurnRow {
+            id: row.id,
+            chat_id: row.chat_id,
+            message_id: row.message_id,
+            ordinal: row.ordinal,
+            status: row.status,
+            iteration: row.iteration,
+            fence: row.fence,
+            live_message_id: row.live_message_id,
+            producer: row.producer,
+            traceparent: row.traceparent,
+            model: row.model,
+            mode: row.mode,
+            cancel_requested: row.cancel_requested,
+            error_code: row.error_code,
+            error_message: row.error_message,
+            usage: row.usage,
+            created_at: row.created_at,
+            started_at: row.started_at,
+            ended_at: row.ended_at,
+        };
+        let (mut history, history_cut) = history(&mut tx, &current).await?;
+        if history_cut {
+            // Nothing begins in the middle of a turn.
+            let start = history.iter().position(|message| message.role() == pb::Role::User).unwrap_or_default();
+            history.drain(..start);
+        }
+        let live = current.live_message_id.ok_or(StoreError::Corrupt("an attempt without its message"))?;
+        if row.started {
+            tx.event(Kind::TurnChanged(current.to_pb()));
+        }
+        let started = current.started().map(|started| pb::MessageStarted { restarted: row.restarted, ..started });
+        tx.event(Kind::MessageStarted(started.ok_or(StoreError::Corrupt("an attempt without its producer"))?));
+        let declared = declarations(&row.declarations.unwrap_or_default());
+        let root = Some(tx.chat.root_id.clone()).filter(|root| !root.is_empty());
+        let root_id = root.or_else(|| declared.roots.first().map(|root| root.id.clone())).unwrap_or_default();
+        let daemon = row.daemon.map(|id| DaemonTools {
+            id: DaemonId(id),
+            incarnation: incarnation(row.incarnation),
+            hostname: row.hostname.unwrap_or_default(),
+            os: row.os.unwrap_or_default(),
+            roots: declared.roots,
+            tools: declared.tools,
+        });
+        let attempt = Attempt {
+            turn,
+            chat: ChatId(current.chat_id),
+            user: UserId(tx.chat.user_id),
+            fence: current.fence,
+            message: MessageId(live),
+            iteration,
+            restarted: row.restarted,
+            mode: mode(&current.mode),
+            model: current.model,
+            traceparent: current.traceparent,
+            daemon,
+            root_id,
+            history,
+            history_cut,
+            deadline: row.deadline,
+        };
+        tx.commit(Claim::Claimed(Box::new(attempt))).await
+    }
+
+    /// Stores the model's message with the calls it asks for, or without any ends the turn.
+    pub async fn commit_message(&self, new: NewAssistant) -> Result<Committed<CommitOutcome>> {
+        check(&new)?;
+        self.run("commit_message", async || self.commit_message_once(&new).await).await
+    }
+
+    async fn commit_message_once(&self, new: &NewAssistant) -> Result<Committed<CommitOutcome>> {
+        let mut tx = ChatTx::open(self, Key::Turn(new.turn)).await?.ok_or(StoreError::not_found("turn"))?;
+        let (now, ends, usage) = (tx.now, new.calls.is_empty(), &new.usage);
+        let row = turns!(
+            RETURNING "UPDATE turns t SET iteration = iteration + 1, live_message_id = NULL, producer = NULL,
+                       status = CASE WHEN $5 THEN 'succeeded' ELSE status END,
+                       ended_at = CASE WHEN $5 THEN $6::timestamptz END,
+                       deadline_at = CASE WHEN $5 THEN NULL ELSE deadline_at END,
+                       usage = jsonb_build_object(
+                           'input_tokens', COALESCE((usage->>'input_tokens')::bigint, 0) + $7::bigint,
+                           'output_tokens', COALESCE((usage->>'output_tokens')::bigint, 0) + $8::bigint,
+                           'cache_read_tokens', COALESCE((usage->>'cache_read_tokens')::bigint, 0) + $9::bigint,
+                           'cache_write_tokens', COALESCE((usage->>'cache_write_tokens')::bigint, 0) + $10::bigint,
+                           'reasoning_tokens', COALESCE((usage->>'reasoning_tokens')::bigint, 0) + $11::bigint,
+                           'cost_microusd', COALESCE((usage->>'cost_microusd')::bigint, 0) + $12::bigint)
+                       WHERE t.id = $1 AND t.fence = $2 AND t.iteration = $3 AND t.live_message_id = $4 AND t.ended_at IS NULL",
+            new.turn.0,
+            new.fence,
+            new.iteration,
+            new.message.0,
+            ends,
+            now,
+            usage.input_tokens,
+            usage.output_tokens,
+            usage.cache_read_tokens,
+            usage.cache_write_tokens,
+            usage.reasoning_tokens,
+            usage.cost_microusd,
+        )
+        .fetch_optional(tx.conn())
+        .await?;
+        let Some(turn) = row else { return tx.nothing(CommitOutcome::Fenced).await };
+        let ids: Vec<ToolCallId> = new.calls.iter().map(|_| ToolCallId::new()).collect();
+        tx.message(NewMessage {
+            id: new.message,
+            turn: new.turn,
+            turn_ordinal: turn.ordinal,
+            role: pb::Role::Assistant,
+            iteration: Some(new.iteration),
+            model: new.model.clone(),
+            usage: Some(new.usage),
+            stop_reason: new.stop_reason,
+            client_message_id: None,
+            blocks: new.blocks.iter().map(|block| stored_block(block, &new.calls, &ids)).collect(),
+        });
+        if ends {
+            tx.touch();
+        } else {
+            insert_calls(&mut tx, new, &ids).await?;
+        }
+        tx.event(Kind::TurnChanged(turn.to_pb()));
+        tx.commit(CommitOutcome::Committed { turn_ended: ends }).await
+    }
+
+    /// A notice of the platform in this turn; a second one of the same turn is not stored.
+    pub async fn add_notice(&self, turn: TurnId, fence: i64, text: &str) -> Result<Committed<()>> {
+        self.run("add_notice", async || {
+            let mut tx = ChatTx::open(self, Key::Turn(turn)).await?.ok_or(StoreError::not_found("turn"))?;
+            let row = sqlx::query_scalar!(
+                "SELECT t.ordinal FROM turns t WHERE t.id = $1 AND t.fence = $2 AND t.ended_at IS NULL
+                   AND NOT EXISTS (SELECT FROM messages m WHERE m.turn_id = t.id AND m.role = 'notice')",
+                turn.0,
+                fence,
+            )
+            .fetch_optional(tx.conn())
+            .await?;
+            let Some(turn_ordinal) = row else { return tx.nothing(()).await };
+            tx.message(NewMessage {
+                id: MessageId::new(),
+                turn,
+                turn_ordinal,
+                role: pb::Role::Notice,
+                iteration: None,
+                model: String::new(),
+                usage: None,
+                stop_reason: pb::StopReason::Unspecified,
+                client_message_id: None,
+                blocks: vec![Block::Text(pb::TextBlock { text: clean(text) })],
+            });
+            tx.commit(()).await
+        })
+        .await
+    }
+
+    /// Ends the turn with an error; with a fence, only on behalf of the newest attempt. False: it had ended, or is
+    /// another's.
+    pub async fn fail_turn(&self, turn: TurnId, fence: Option<i64>, failure: &Failure) -> Result<Committed<bool>> {
+        self.run("fail_turn", async || {
+            let mut tx = ChatTx::open(self, Key::Turn(turn)).await?.ok_or(StoreError::not_found("turn"))?;
+            let ending =
+                TurnEnding { status: pb::TurnStatus::Failed, failure: Some(failure), fence, cancels_sent: false };
+            match settle::end_turn(&mut tx, turn, ending).await? {
+                Some(_) => tx.commit(true).await,
+                None => tx.nothing(false).await,
+            }
+        })
+        .await
+    }
+
+    /// The attempt stops without a message; another one may take the round at once.
+    pub async fn release_attempt(&self, turn: TurnId, fence: i64) -> Result<Committed<()>> {
+        self.run("release_attempt", async || {
+            let mut tx = ChatTx::open(self, Key::Turn(turn)).await?.ok_or(StoreError::not_found("turn"))?;
+            let released = sqlx::query_scalar!(
+                "UPDATE turns SET producer = NULL WHERE id = $1 AND fence = $2 AND ended_at IS NULL AND producer IS NOT NULL
+                 RETURNING traceparent",
+                turn.0,
+                fence,
+            )
+            .fetch_optional(tx.conn())
+            .await?;
+            match released {
+                Some(traceparent) => {
+                    tx.want(&traceparent);
+                    tx.commit(()).await
+                }
+                None => tx.nothing(()).await,
+            }
+        })
+        .await
+    }
+}
+
+/// Messages that the turn's model reads, and whether older ones were left out.
+async fn history(tx: &mut ChatTx, turn: &TurnRow) -> Result<(Vec<pb::Message>, bool)> {
+    let mut rows = sqlx::query_as!(
+        MessageRow,
+        r#"SELECT m.id, m.chat_id, m.turn_id, m.ordinal, m.role, m.iteration, m.model, m.usage, m.stop_reason,
+                  m.client_message_id, m.created_at,
+                  ARRAY(SELECT b.data FROM content_blocks b WHERE b.message_id = m.id ORDER BY b.position) AS blocks
+           FROM messages m WHERE m.chat_id = $1 AND m.turn_ordinal <= $2 AND m.role <> 'notice'
+           ORDER BY m.turn_ordinal DESC, m.ordinal DESC LIMIT $3"#,
+        turn.chat_id,
+        turn.ordinal,
+        limits::HISTORY_MESSAGES_MAX + 1,
+    )
+    .fetch_all(tx.conn())
+    .await?;
+    let cut = rows.len() as i64 > limits::HISTORY_MESSAGES_MAX;
+    rows.truncate(limits::HISTORY_MESSAGES_MAX as usize);
+    Ok((rows.iter().rev().map(MessageRow::to_pb).collect::<Result<_>>()?, cut))
+}
+
+/// What would be a mistake of the caller, and would leave rows that do not fit together.
+fn check(new: &NewAssistant) -> Result<(), Failure> {
+    let uses = new.blocks.iter().filter_map(|block| match block {
+        NewBlock::ToolUse { call } => Some(*call),
+        NewBlock::Text { .. } | NewBlock::Thinking { .. } => None,
+    });
+    let mut uses: Vec<_> = uses.collect();
+    uses.sort_unstable();
+    if !uses.iter().copied().eq(0..new.calls.len()) {
+        return Err(Failure::field("blocks", "each call stands in exactly one block"));
+    }
+    if new.calls.iter().enumerate().any(|(place, call)| usize::try_from(call.index) != Ok(place)) {
+        return Err(Failure::field("calls", "calls are numbered from 0, in order"));
+    }
+    Ok(())
+}
+
+fn stored_block(block: &NewBlock, calls: &[NewCall], ids: &[ToolCallId]) -> Block {
+    match block {
+        NewBlock::Text { text } => Block::Text(pb::TextBlock { text: text.clone() }),
+        NewBlock::Thinking { text, signature } => {
+            Block::Thinking(pb::ThinkingBlock { text: text.clone(), signature: signature.clone() })
+        }
+        NewBlock::ToolUse { call } => Block::ToolUse(pb::ToolUseBlock {
+            tool_call_id: ids[*call].to_string(),
+            tool: clean(&calls[*call].tool),
+            input_json: clean(&calls[*call].input),
+        }),
+    }
+}
+
+#[derive(Default)]
+struct CallColumns {
+    indexes: Vec<i32>,
+    provider_ids: Vec<String>,
+    tools: Vec<String>,
+    inputs: Vec<String>,
+    read_only: Vec<bool>,
+    repeatable: Vec<bool>,
+    statuses: Vec<String>,
+    timeouts: Vec<i64>,
+    results: Vec<String>,
+    codes: Vec<String>,
+    approvals: Vec<Option<Uuid>>,
+    ended: Vec<Option<DateTime<Utc>>>,
+}
+
+/// Writes the calls and the approvals they wait for. Where none of them will ever run, the round is complete.
+async fn insert_calls(tx: &mut ChatTx, new: &NewAssistant, ids: &[ToolCallId]) -> Result<()> {
+    let (now, chat) = (tx.now, tx.chat.clone());
+    let asks = new.calls.iter().any(|call| call.needs_approval && call.refused.is_none());
+    let let_through = if asks {
+        sqlx::query_scalar!(
+            "SELECT DISTINCT tool FROM approvals WHERE chat_id = $1 AND status = 'approved' AND scope = 'session'",
+            chat.id
+        )
+        .fetch_all(tx.conn())
+        .await?
+    } else {
+        Vec::new()
+    };
+    let mut columns = CallColumns::default();
+    for call in &new.calls {
+        let tool = clean(&call.tool);
+        let asked = call.refused.is_none() && call.needs_approval && !let_through.contains(&tool);
+        let status = match &call.refused {
+            Some(_) => "failed",
+            None if asked => "waiting_approval",
+            None => "pending",
+        };
+        columns.indexes.push(call.index);
+        columns.provider_ids.push(clean(&call.provider_id));
+        columns.tools.push(tool);
+        columns.inputs.push(clean(&call.input));
+        columns.read_only.push(call.read_only);
+        columns.repeatable.push(call.repeatable);
+        columns.statuses.push(status.to_owned());
+        columns.timeouts.push(i64::try_from(call.timeout.as_millis()).unwrap_or(i64::MAX / 1000));
+        columns.results.push(call.refused.as_ref().map(|refused| clean(&refused.message)).unwrap_or_default());
+        columns.codes.push(call.refused.as_ref().map_or("", |refused| refused.code.as_str()).to_owned());
+        columns.approvals.push(asked.then(|| ApprovalId::new().0));
+        columns.ended.push(call.refused.as_ref().map(|_| now));
+    }
+    let raw: Vec<Uuid> = ids.iter().map(|id| id.0).collect();
+    sqlx::query!(
+        r#"WITH u AS (
+               SELECT * FROM UNNEST($6::uuid[], $7::int[], $8::text[], $9::text[], $10::text[], $11::bool[], $12::bool[],
+                                    $13::text[], $14::bigint[], $15::text[], $16::text[], $17::timestamptz[], $18::uuid[])
+                   AS u (id, index, provider_id, tool, input, read_only, repeatable, status, timeout_ms, result, error_code,
+                         ended_at, approval)
+           ), k AS (
+               INSERT INTO tool_calls (id, chat_id, turn_id, user_id, message_id, iteration, index, provider_id, tool, input,
+                                       read_only, repeatable, status, timeout_ms, result, is_error, error_code, ended_at,
+                                       created_at)
+               SELECT id, $1, $2, $3, $4, $19, index, provider_id, tool, input, read_only, repeatable, status, timeout_ms,
+                      result, error_code <> '', error_code, ended_at, $5
+               FROM u
+           )
+           INSERT INTO approvals (id, chat_id, turn_id, user_id, tool_call_id, tool, status, created_at)
+           SELECT approval, $1, $2, $3, id, tool, 'pending', $5 FROM u WHERE approval IS NOT NULL"#,
+        chat.id,
+        new.turn.0,
+        chat.user_id,
+        new.message.0,
+        now,
+        &raw,
+        &columns.indexes,
+        &columns.provider_ids,
+        &columns.tools,
+        &columns.inputs,
+        &columns.read_only,
+        &columns.repeatable,
+        &columns.statuses,
+        &columns.timeouts,
+        &columns.results,
+        &columns.codes,
+        &columns.ended as &[Option<DateTime<Utc>>],
+        &columns.approvals as &[Option<Uuid>],
+        new.iteration,
+    )
+    .execute(tx.conn())
+    .await?;
+    let rows = calls!(SELECT "WHERE c.turn_id = $1 AND c.iteration = $2 ORDER BY c.index", new.turn.0, new.iteration)
+        .fetch_all(tx.conn())
+        .await?;
+    for (row, approval) in rows.iter().zip(&columns.approvals) {
+        tx.event(Kind::ToolCallChanged(row.changed()));
+        if let Some(id) = approval {
+            tx.approval_changed(asked(row, *id, now));
+        }
+    }
+    settle::close_round(tx, &rows);
+    Ok(())
+}
+
+fn asked(call: &CallRow, id: Uuid, now: DateTime<Utc>) -> pb::Approval {
+    pb::Approval {
+        id: id.to_string(),
+        chat_id: call.chat_id.to_string(),
+        turn_id: call.turn_id.to_string(),
+        tool_call_id: call.id.to_string(),
+        tool: call.tool.clone(),
+        input_json: call.input.clone(),
+        status: pb::ApprovalStatus::Pending as i32,
+        scope: pb::ApprovalScope::Once as i32,
+        created_at: Some(reliant_types::timestamp(now)),
+        decided_at: None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn call(index: i32) -> NewCall {
+        NewCall {
+            index,
+            provider_id: "p".into(),
+            tool: "shell".into(),
+            input: "{}".into(),
+            read_only: false,
+            repeatable: false,
+            needs_approval: false,
+            timeout: Duration::from_secs(1),
+            refused: None,
+        }
+    }
+
+    #[test]
+    fn calls_and_blocks_belong_together() {
+        let new = |blocks: Vec<NewBlock>, calls: Vec<NewCall>| NewAssistant {
+            turn: TurnId::new(),
+            fence: 1,
+            message: MessageId::new(),
+            iteration: 0,
+            model: "m".into(),
+            blocks,
+            stop_reason: pb::StopReason::ToolUse,
+            usage: pb::Usage::default(),
+            calls,
+        };
+        let of = |call| NewBlock::ToolUse { call };
+        assert!(check(&new(vec![of(1), of(0)], vec![call(0), call(1)])).is_ok());
+        assert!(check(&new(vec![of(0)], vec![])).is_err());
+        assert!(check(&new(vec![of(0), of(0)], vec![call(0), call(1)])).is_err());
+        assert!(check(&new(vec![], vec![call(0)])).is_err());
+        assert!(check(&new(vec![of(0)], vec![call(1)])).is_err());
+    }
+}

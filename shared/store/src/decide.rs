@@ -1,0 +1,203 @@
+//! What a chat needs now: a pure function over rows. It reads no clock and does no I/O, so that whoever asks, and
+//! however often, gets the same answer for the same rows.
+//!
+//! Invariants: a model is called only when no call of the turn is open; a call that awaits an approval is never sent; a
+//! sent call ends only by what its journal says, or as unknown; the answer is always progress, or a wait with a reason.
+
+use reliant_types::{Code, ToolCallId, TurnId, limits, pb};
+
+/// The rows that matter. Times are Unix milliseconds of the database's clock.
+#[derive(Debug, Clone)]
+pub struct Snapshot {
+    pub now_ms: i64,
+    /// The chat's oldest turn that has not ended.
+    pub turn: Option<Turn>,
+    /// All calls of the chat that have not ended; those of other turns settle behind their turn.
+    pub calls: Vec<Call>,
+    pub rounds_max: i32,
+}
+
+#[derive(Debug, Clone)]
+pub struct Turn {
+    pub id: TurnId,
+    /// Model rounds that are stored.
+    pub iteration: i32,
+    /// None: the clock stands.
+    pub deadline_ms: Option<i64>,
+}
+
+#[derive(Debug, Clone)]
+pub struct Call {
+    pub id: ToolCallId,
+    pub turn: TurnId,
+    pub status: pb::ToolCallStatus,
+    /// Some generation may have reached its daemon.
+    pub sent: bool,
+    /// The newest dispatch.
+    pub dispatched_ms: Option<i64>,
+    pub timeout_ms: i64,
+    pub repeatable: bool,
+    pub cancel_asked: bool,
+    pub daemon: Daemon,
+}
+
+/// The daemon that has the call, or that the chat has chosen where the call was not sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Daemon {
+    /// None is chosen, or it was revoked: nobody will run the call.
+    None,
+    Away,
+    Here,
+    /// Connected, with another journal than the one the call was sent to.
+    OtherJournal,
+}
+
+/// How an open call is settled without its daemon.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Settlement {
+    /// Outcome unknown: the journal it was sent to is gone.
+    JournalLost,
+    /// Outcome unknown: it was sent, and the daemon stayed away.
+    DaemonAway,
+    /// Failed: there is no daemon to send it to.
+    NoDaemon,
+    /// Cancelled: its turn ended before it was sent.
+    Cancelled,
+    /// Pending again: its journal is gone, and it may run twice.
+    Again,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WaitReason {
+    /// A daemon works, or is about to say that it does. The turn's clock runs.
+    Tools,
+    /// A person must decide. The clock stands.
+    Approval,
+    /// The daemon is away. The clock stands.
+    Daemon,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Decision {
+    /// Write these down and decide again.
+    Settle(Vec<(ToolCallId, Settlement)>),
+    /// End the turn and decide again.
+    Fail {
+        turn: TurnId,
+        code: Code,
+    },
+    CallModel {
+        turn: TurnId,
+        iteration: i32,
+    },
+    Dispatch {
+        turn: TurnId,
+        calls: Vec<ToolCallId>,
+    },
+    Wait {
+        turn: TurnId,
+        until_ms: Option<i64>,
+        reason: WaitReason,
+    },
+    Idle,
+}
+
+impl Decision {
+    /// The status that the turn has while this is what it needs; None leaves it as it is.
+    pub fn turn_status(&self) -> Option<pb::TurnStatus> {
+        match self {
+            Decision::Dispatch { .. } | Decision::Wait { reason: WaitReason::Tools, .. } => {
+                Some(pb::TurnStatus::Running)
+            }
+            Decision::Wait { reason: WaitReason::Approval, .. } => Some(pb::TurnStatus::WaitingApproval),
+            Decision::Wait { reason: WaitReason::Daemon, .. } => Some(pb::TurnStatus::WaitingDaemon),
+            // A model call is begun by its claim, which starts the clock too.
+            Decision::CallModel { .. } | Decision::Settle(_) | Decision::Fail { .. } | Decision::Idle => None,
+        }
+    }
+}
+
+fn ms(duration: std::time::Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
+}
+
+pub fn decide(rows: &Snapshot) -> Decision {
+    let current = rows.turn.as_ref().map(|turn| turn.id);
+    let settled: Vec<_> =
+        rows.calls.iter().filter_map(|call| Some((call.id, settlement(call, current, rows.now_ms)?))).collect();
+    if !settled.is_empty() {
+        return Decision::Settle(settled);
+    }
+    let Some(turn) = &rows.turn else { return Decision::Idle };
+    if turn.deadline_ms.is_some_and(|deadline| rows.now_ms >= deadline) {
+        return Decision::Fail { turn: turn.id, code: Code::TurnDeadline };
+    }
+    let open: Vec<&Call> = rows.calls.iter().filter(|call| call.turn == turn.id).collect();
+    if open.is_empty() {
+        if turn.iteration >= rows.rounds_max {
+            return Decision::Fail { turn: turn.id, code: Code::TurnRounds };
+        }
+        return Decision::CallModel { turn: turn.id, iteration: turn.iteration };
+    }
+    let ready: Vec<_> =
+        open.iter().filter(|call| send_at(call).is_some_and(|at| rows.now_ms >= at)).map(|call| call.id).collect();
+    if !ready.is_empty() {
+        return Decision::Dispatch { turn: turn.id, calls: ready };
+    }
+    let reason = if open.iter().any(|call| call.sent && call.daemon == Daemon::Here) {
+        WaitReason::Tools
+    } else if open.iter().any(|call| call.status == pb::ToolCallStatus::WaitingApproval) {
+        WaitReason::Approval
+    } else {
+        WaitReason::Daemon
+    };
+    let looks = open.iter().filter_map(|call| if call.daemon == Daemon::Away { gone_at(call) } else { send_at(call) });
+    let deadline = turn.deadline_ms.filter(|_| reason == WaitReason::Tools);
+    Decision::Wait { turn: turn.id, until_ms: looks.chain(deadline).min(), reason }
+}
+
+fn settlement(call: &Call, current: Option<TurnId>, now_ms: i64) -> Option<Settlement> {
+    let behind = current != Some(call.turn);
+    if !call.sent {
+        return match call.daemon {
+            _ if behind => Some(Settlement::Cancelled),
+            // A person may still choose a daemon while the approval waits.
+            Daemon::None if call.status != pb::ToolCallStatus::WaitingApproval => Some(Settlement::NoDaemon),
+            _ => None,
+        };
+    }
+    match call.daemon {
+        Daemon::None => Some(Settlement::DaemonAway),
+        Daemon::OtherJournal if call.repeatable && !call.cancel_asked && !behind => Some(Settlement::Again),
+        Daemon::OtherJournal => Some(Settlement::JournalLost),
+        Daemon::Away if gone_at(call).is_none_or(|at| now_ms >= at) => Some(Settlement::DaemonAway),
+        Daemon::Away | Daemon::Here => None,
+    }
+}
+
+/// When a sent call whose daemon is away is given up.
+fn gone_at(call: &Call) -> Option<i64> {
+    let sent = call.dispatched_ms.filter(|_| call.sent)?;
+    Some(sent.saturating_add(call.timeout_ms.max(0)).saturating_add(ms(limits::TOOL_AWAY_MAX)))
+}
+
+/// When the call is to be sent, or sent again: the journal makes a repetition harmless.
+fn send_at(call: &Call) -> Option<i64> {
+    if call.cancel_asked || !matches!(call.daemon, Daemon::Here | Daemon::OtherJournal) {
+        return None;
+    }
+    match call.status {
+        pb::ToolCallStatus::Pending | pb::ToolCallStatus::WaitingDaemon => Some(i64::MIN),
+        pb::ToolCallStatus::Dispatched => {
+            Some(call.dispatched_ms.map_or(i64::MIN, |at| at.saturating_add(ms(limits::REDISPATCH_AFTER))))
+        }
+        pb::ToolCallStatus::Running => Some(call.dispatched_ms.map_or(i64::MIN, |at| {
+            at.saturating_add(call.timeout_ms.max(0)).saturating_add(ms(limits::REATTACH_AFTER))
+        })),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+#[path = "decide_tests.rs"]
+mod tests;

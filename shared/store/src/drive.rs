@@ -1,0 +1,235 @@
+//! What a chat needs now, read from its rows and decided by [`crate::decide`]; here only the small transitions that a
+//! decision brings are written: a call that nobody will run, a turn past its limits, a clock that stops or goes on.
+
+use reliant_types::{
+    ChatId, Code, Failure, ToolCallId, TurnId, UserId, limits,
+    pb::{self, chat_event::Kind},
+};
+use sqlx::PgExecutor;
+
+use crate::{
+    Committed, Result, Step, Store, StoreError,
+    chat_tx::{ChatTx, Key},
+    decide::{Call, Daemon, Decision, Settlement, Snapshot, Turn, decide},
+    rows::{call_status, calls, turn_status, turn_status_text, turns},
+    settle::{self, Ending, TurnEnding},
+};
+
+/// Transitions of one look at a chat: each ends a call, a turn or a wait, so more is a mistake.
+const TRANSITIONS_MAX: usize = 512;
+
+struct Rows {
+    user: UserId,
+    snapshot: Snapshot,
+    status: Option<pb::TurnStatus>,
+    wanted: i64,
+    seen: i64,
+}
+
+impl Rows {
+    /// The turn's status that the decision asks for, where it is another one.
+    fn new_status(&self, decision: &Decision) -> Option<(TurnId, pb::TurnStatus)> {
+        let turn = self.snapshot.turn.as_ref()?.id;
+        let status = decision.turn_status().filter(|status| Some(*status) != self.status)?;
+        Some((turn, status))
+    }
+}
+
+impl Store {
+    /// What the chat's oldest unfinished turn needs now. `wanted` as it was read becomes `seen`.
+    pub async fn next_step(&self, chat: ChatId) -> Result<Committed<Step>> {
+        self.run("next_step", async || {
+            let rows = read(&self.pool, chat).await?;
+            let decision = decide(&rows.snapshot);
+            let writes = matches!(decision, Decision::Settle(_) | Decision::Fail { .. });
+            if writes || rows.new_status(&decision).is_some() {
+                return self.next_step_writing(chat).await;
+            }
+            if rows.seen < rows.wanted {
+                sqlx::query!(
+                    "UPDATE chats SET seen = GREATEST(seen, $2) WHERE id = $1 AND seen < $2",
+                    chat.0,
+                    rows.wanted
+                )
+                .execute(&self.pool)
+                .await?;
+            }
+            Ok(Committed::nothing(rows.user, step(decision, rows.snapshot.now_ms)))
+        })
+        .await
+    }
+
+    async fn next_step_writing(&self, chat: ChatId) -> Result<Committed<Step>> {
+        let mut tx = ChatTx::open(self, Key::Chat(chat)).await?.ok_or(StoreError::not_found("chat"))?;
+        let mut wanted = None;
+        for _ in 0..TRANSITIONS_MAX {
+            let rows = read(tx.conn(), chat).await?;
+            // What these transitions themselves ask for is answered by going on here.
+            let wanted = *wanted.get_or_insert(rows.wanted);
+            let decision = decide(&rows.snapshot);
+            match &decision {
+                Decision::Settle(settled) => {
+                    for (call, settlement) in settled {
+                        settle_call(&mut tx, *call, *settlement).await?;
+                    }
+                }
+                Decision::Fail { turn, code } => {
+                    let failure = Failure::new(*code, limit_text(*code));
+                    let ending = TurnEnding {
+                        status: pb::TurnStatus::Failed,
+                        failure: Some(&failure),
+                        fence: None,
+                        cancels_sent: false,
+                    };
+                    settle::end_turn(&mut tx, *turn, ending).await?;
+                }
+                _ => {
+                    if let Some((turn, status)) = rows.new_status(&decision) {
+                        set_status(&mut tx, turn, status).await?;
+                    }
+                    sqlx::query!("UPDATE chats SET seen = GREATEST(seen, $2) WHERE id = $1", chat.0, wanted)
+                        .execute(tx.conn())
+                        .await?;
+                    return tx.commit(step(decision, rows.snapshot.now_ms)).await;
+                }
+            }
+        }
+        Err(StoreError::Corrupt("a chat whose transitions do not end"))
+    }
+}
+
+fn step(decision: Decision, now_ms: i64) -> Step {
+    match decision {
+        Decision::CallModel { turn, iteration } => Step::CallModel { turn, iteration },
+        Decision::Dispatch { turn, calls } => Step::Dispatch { turn, calls },
+        Decision::Wait { turn, until_ms, .. } => {
+            let for_ms = until_ms.map(|until| u64::try_from(until.saturating_sub(now_ms)).unwrap_or_default());
+            Step::Wait { turn, for_ms }
+        }
+        Decision::Idle | Decision::Settle(_) | Decision::Fail { .. } => Step::Idle,
+    }
+}
+
+fn limit_text(code: Code) -> String {
+    match code {
+        Code::TurnRounds => format!(
+            "the turn asked the model {} times, which is as often as a turn may; send another message to go on",
+            limits::TURN_ROUNDS_MAX
+        ),
+        _ => "the turn took longer than a turn may take; send another message to go on".into(),
+    }
+}
+
+/// One statement, so that everything is of one moment.
+async fn read(db: impl PgExecutor<'_>, chat: ChatId) -> Result<Rows> {
+    let rows = sqlx::query!(
+        r#"SELECT c.user_id, c.wanted, c.seen, (extract(epoch FROM clock_timestamp()) * 1000)::bigint AS "now_ms!",
+                  t.id AS "turn?", t.status AS "turn_status?", t.iteration AS "iteration?",
+                  (extract(epoch FROM t.deadline_at) * 1000)::bigint AS deadline_ms,
+                  k.id AS "call?", k.turn_id AS "call_turn?", k.status AS "call_status?", k.sent AS "sent?",
+                  (extract(epoch FROM k.dispatched_at) * 1000)::bigint AS dispatched_ms,
+                  k.timeout_ms AS "timeout_ms?", k.repeatable AS "repeatable?", k.cancel_asked_at,
+                  d.id AS "daemon?", l.expires_at > clock_timestamp() AS here, d.incarnation = k.incarnation AS same_journal
+           FROM chats c
+           LEFT JOIN LATERAL (
+               SELECT o.id, o.status, o.iteration, o.deadline_at FROM turns o
+               WHERE o.chat_id = c.id AND o.ended_at IS NULL ORDER BY o.ordinal LIMIT 1
+           ) t ON true
+           LEFT JOIN tool_calls k ON k.chat_id = c.id AND k.ended_at IS NULL
+           LEFT JOIN daemons d ON d.id = CASE WHEN k.sent > 0 THEN k.daemon_id ELSE c.daemon_id END AND d.revoked_at IS NULL
+           LEFT JOIN daemon_leases l ON l.daemon_id = d.id
+           WHERE c.id = $1 ORDER BY k.turn_id, k.index"#,
+        chat.0,
+    )
+    .fetch_all(db)
+    .await?;
+    let first = rows.first().ok_or(StoreError::not_found("chat"))?;
+    let turn = first.turn.map(|id| Turn {
+        id: TurnId(id),
+        iteration: first.iteration.unwrap_or_default(),
+        deadline_ms: first.deadline_ms,
+    });
+    let calls = rows.iter().filter_map(|row| {
+        let sent = row.sent? > 0;
+        let daemon = match (row.daemon, row.here) {
+            (None, _) => Daemon::None,
+            (Some(_), Some(true)) if sent && row.same_journal != Some(true) => Daemon::OtherJournal,
+            (Some(_), Some(true)) => Daemon::Here,
+            (Some(_), _) => Daemon::Away,
+        };
+        Some(Call {
+            id: ToolCallId(row.call?),
+            turn: TurnId(row.call_turn?),
+            status: call_status(row.call_status.as_deref()?),
+            sent,
+            dispatched_ms: row.dispatched_ms,
+            timeout_ms: row.timeout_ms?,
+            repeatable: row.repeatable?,
+            cancel_asked: row.cancel_asked_at.is_some(),
+            daemon,
+        })
+    });
+    Ok(Rows {
+        user: UserId(first.user_id),
+        snapshot: Snapshot { now_ms: first.now_ms, turn, calls: calls.collect(), rounds_max: limits::TURN_ROUNDS_MAX },
+        status: first.turn_status.as_deref().map(turn_status),
+        wanted: first.wanted,
+        seen: first.seen,
+    })
+}
+
+/// Writes down how a call is settled without its daemon.
+pub(crate) async fn settle_call(tx: &mut ChatTx, call: ToolCallId, settlement: Settlement) -> Result<()> {
+    let ending = match settlement {
+        Settlement::Again => return start_over(tx, call).await,
+        Settlement::JournalLost => Ending::unknown(pb::UnknownCause::JournalLost),
+        Settlement::DaemonAway => Ending::unknown(pb::UnknownCause::DaemonAway),
+        Settlement::Cancelled => Ending::cancelled(),
+        Settlement::NoDaemon => Ending::failed(&Failure::new(
+            Code::DaemonNone,
+            "This chat has no daemon to run tools on, so the call did not run. The user can choose one.",
+        )),
+    };
+    if let Some(row) = settle::end_call(tx, call, ending).await? {
+        settle::close_round_of(tx, &row).await?;
+    }
+    Ok(())
+}
+
+/// The call may run twice, and its journal is gone: as if it had not been sent.
+async fn start_over(tx: &mut ChatTx, call: ToolCallId) -> Result<()> {
+    let row = calls!(
+        UPDATE "status = 'pending', sent = 0, incarnation = NULL, dispatched_at = NULL"
+        WHERE "c.id = $1 AND c.ended_at IS NULL AND c.repeatable",
+        call.0
+    )
+    .fetch_optional(tx.conn())
+    .await?;
+    if let Some(row) = row {
+        tx.event(Kind::ToolCallChanged(row.changed()));
+    }
+    Ok(())
+}
+
+/// Enters a state, and stops or starts the turn's clock with it.
+async fn set_status(tx: &mut ChatTx, turn: TurnId, status: pb::TurnStatus) -> Result<()> {
+    let (now, running) = (tx.now, status == pb::TurnStatus::Running);
+    let row = turns!(
+        RETURNING "UPDATE turns t SET status = $2, started_at = COALESCE(started_at, $3),
+                          deadline_left_ms = CASE WHEN $4 OR deadline_at IS NULL THEN deadline_left_ms
+                              ELSE GREATEST(0, extract(epoch FROM deadline_at - $3) * 1000)::bigint END,
+                          deadline_at = CASE WHEN $4
+                              THEN COALESCE(deadline_at, $3 + deadline_left_ms * interval '1 millisecond') END
+                   WHERE t.id = $1 AND t.ended_at IS NULL",
+        turn.0,
+        turn_status_text(status),
+        now,
+        running,
+    )
+    .fetch_optional(tx.conn())
+    .await?;
+    if let Some(row) = row {
+        tx.event(Kind::TurnChanged(row.to_pb()));
+    }
+    Ok(())
+}

@@ -1,0 +1,136 @@
+//! What viewers read: the logs, and snapshots in their place.
+
+use prost::Message as _;
+use reliant_types::{ChatId, UserId, limits, pb};
+use uuid::Uuid;
+
+use crate::{
+    Result, Store, StoreError,
+    rows::{ApprovalRow, CallRow, ChatRow, MessageRow, TurnRow, calls, turns},
+};
+
+impl Store {
+    /// The chat's log after `after`, oldest first. Whoever calls it has asked [`Store::chat_access`] before.
+    pub async fn events_after(&self, chat: ChatId, after: i64, limit: i64) -> Result<Vec<pb::ChatEvent>> {
+        self.run("events_after", async || {
+            let rows = sqlx::query!(
+                "SELECT seq, payload FROM events WHERE chat_id = $1 AND seq > $2 ORDER BY seq LIMIT $3",
+                chat.0,
+                after,
+                limit,
+            )
+            .fetch_all(&self.pool)
+            .await?;
+            let decode = |row: &[u8], seq| {
+                let event = pb::ChatEvent::decode(row).map_err(|_| StoreError::Corrupt("an event"))?;
+                Ok(pb::ChatEvent { seq, ..event })
+            };
+            rows.iter().map(|row| decode(&row.payload, row.seq)).collect()
+        })
+        .await
+    }
+
+    pub async fn feed_after(&self, user: UserId, after: i64, limit: i64) -> Result<Vec<pb::FeedEvent>> {
+        self.run("feed_after", async || {
+            let rows = sqlx::query!(
+                "SELECT seq, payload FROM user_events WHERE user_id = $1 AND seq > $2 ORDER BY seq LIMIT $3",
+                user.0,
+                after,
+                limit,
+            )
+            .fetch_all(&self.pool)
+            .await?;
+            let decode = |row: &[u8], seq| {
+                let event = pb::FeedEvent::decode(row).map_err(|_| StoreError::Corrupt("a feed event"))?;
+                Ok(pb::FeedEvent { seq, ..event })
+            };
+            rows.iter().map(|row| decode(&row.payload, row.seq)).collect()
+        })
+        .await
+    }
+
+    /// Where the logs of many chats end, in one query.
+    pub async fn last_seqs(&self, chats: &[ChatId]) -> Result<Vec<(ChatId, i64)>> {
+        let ids: Vec<Uuid> = chats.iter().map(|chat| chat.0).collect();
+        self.run("last_seqs", async || {
+            let rows =
+                sqlx::query!("SELECT id, last_seq FROM chats WHERE id = ANY($1)", &ids).fetch_all(&self.pool).await?;
+            Ok(rows.into_iter().map(|row| (ChatId(row.id), row.last_seq)).collect())
+        })
+        .await
+    }
+
+    pub async fn feed_seqs(&self, users: &[UserId]) -> Result<Vec<(UserId, i64)>> {
+        let ids: Vec<Uuid> = users.iter().map(|user| user.0).collect();
+        self.run("feed_seqs", async || {
+            let rows =
+                sqlx::query!("SELECT id, feed_seq FROM users WHERE id = ANY($1)", &ids).fetch_all(&self.pool).await?;
+            Ok(rows.into_iter().map(|row| (UserId(row.id), row.feed_seq)).collect())
+        })
+        .await
+    }
+
+    /// The chat as of one moment.
+    pub async fn snapshot(&self, user: UserId, chat: ChatId) -> Result<pb::ChatSnapshot> {
+        self.run("snapshot", async || self.snapshot_once(user, chat).await).await
+    }
+
+    async fn snapshot_once(&self, user: UserId, chat: ChatId) -> Result<pb::ChatSnapshot> {
+        let mut tx = self.begin_with("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await?;
+        let row = sqlx::query_as!(
+            ChatRow,
+            r#"SELECT id, user_id, project_id, worktree_id, daemon_id, root_id, title, model, mode, last_seq, last_ordinal,
+                      archived_at, created_at, updated_at, now() AS "now!"
+               FROM chats WHERE id = $1 AND user_id = $2"#,
+            chat.0,
+            user.0,
+        )
+        .fetch_optional(&mut *tx)
+        .await?
+        .ok_or(StoreError::not_found("chat"))?;
+        let log_epoch = sqlx::query_scalar!("SELECT log_epoch FROM log_state").fetch_one(&mut *tx).await?;
+        let mut messages = sqlx::query_as!(
+            MessageRow,
+            r#"SELECT m.id, m.chat_id, m.turn_id, m.ordinal, m.role, m.iteration, m.model, m.usage, m.stop_reason,
+                      m.client_message_id, m.created_at,
+                      ARRAY(SELECT b.data FROM content_blocks b WHERE b.message_id = m.id ORDER BY b.position) AS blocks
+               FROM messages m WHERE m.chat_id = $1 ORDER BY m.ordinal DESC LIMIT $2"#,
+            chat.0,
+            limits::SNAPSHOT_MESSAGES_MAX,
+        )
+        .fetch_all(&mut *tx)
+        .await?;
+        messages.reverse();
+        let open = turns!(SELECT "WHERE t.chat_id = $1 AND t.ended_at IS NULL ORDER BY t.ordinal", chat.0)
+            .fetch_all(&mut *tx)
+            .await?;
+        // With the open calls those of an open turn's newest round: their cards are on the screen.
+        let calls = calls!(
+            SELECT "WHERE c.chat_id = $1 AND (c.ended_at IS NULL OR (t.ended_at IS NULL AND c.iteration = t.iteration - 1))
+                    ORDER BY t.ordinal, c.iteration, c.index",
+            chat.0,
+        )
+        .fetch_all(&mut *tx)
+        .await?;
+        let approvals = sqlx::query_as!(
+            ApprovalRow,
+            "SELECT a.id, a.chat_id, a.turn_id, a.tool_call_id, a.tool, c.input, a.status, a.scope, a.created_at, a.decided_at
+             FROM approvals a JOIN tool_calls c ON c.id = a.tool_call_id
+             WHERE c.chat_id = $1 AND c.ended_at IS NULL AND a.status = 'pending' ORDER BY a.id",
+            chat.0,
+        )
+        .fetch_all(&mut *tx)
+        .await?;
+        tx.commit().await?;
+        Ok(pb::ChatSnapshot {
+            seq: row.last_seq,
+            chat: Some(row.to_pb()),
+            log_epoch,
+            messages: messages.iter().map(MessageRow::to_pb).collect::<Result<_>>()?,
+            turns: open.iter().map(TurnRow::to_pb).collect(),
+            tool_calls: calls.iter().map(CallRow::changed).collect(),
+            approvals: approvals.iter().map(ApprovalRow::to_pb).collect(),
+            started: open.iter().filter_map(TurnRow::started).collect(),
+        })
+    }
+}

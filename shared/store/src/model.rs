@@ -1,0 +1,295 @@
+//! What goes in and out of the store where the protobuf messages do not say it.
+
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use reliant_types::{
+    ChatId, DaemonId, Failure, Incarnation, InstanceId, MessageId, ProjectId, TokenId, ToolCallId, TurnId, UserId, pb,
+};
+
+/// What a committed transaction did, and what its caller should tell others. The hints may be lost: the rows are right.
+#[derive(Debug, Clone, PartialEq)]
+#[must_use = "viewers and the workflow wait for its hints"]
+pub struct Committed<T> {
+    pub value: T,
+    /// Whose data it is: names the subjects of the hints.
+    pub user: UserId,
+    /// New rows of the chat's log, in order.
+    pub events: Vec<pb::ChatEvent>,
+    /// New rows of the user's feed, in order.
+    pub feed: Vec<pb::FeedEvent>,
+    /// The chat has something to do (`wanted` is counted up already).
+    pub wake: Option<Wake>,
+}
+
+impl<T> Committed<T> {
+    pub(crate) fn nothing(user: UserId, value: T) -> Self {
+        Self { value, user, events: Vec::new(), feed: Vec::new(), wake: None }
+    }
+
+    pub fn map<U>(self, change: impl FnOnce(T) -> U) -> Committed<U> {
+        let Committed { value, user, events, feed, wake } = self;
+        Committed { value: change(value), user, events, feed, wake }
+    }
+}
+
+/// Signal-with-start of `chat:{chat}`; it carries no state.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Wake {
+    pub chat: ChatId,
+    pub user: UserId,
+    /// Of the turn that has something to do; empty where none is known.
+    pub traceparent: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UserRow {
+    pub id: UserId,
+    /// The JWT's subject.
+    pub subject: String,
+    pub name: String,
+    /// "member" or "admin".
+    pub role: String,
+}
+
+/// A token without its secret.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TokenRow {
+    pub id: TokenId,
+    pub user: UserId,
+    /// Set for a daemon's token.
+    pub daemon: Option<DaemonId>,
+    pub name: String,
+    pub scopes: Vec<String>,
+    pub expires_at: Option<DateTime<Utc>>,
+}
+
+#[derive(Debug, Clone)]
+pub struct NewChat {
+    pub user: UserId,
+    /// Empty: "New chat".
+    pub title: String,
+    pub project: Option<ProjectId>,
+    /// None: the only daemon of the user if there is exactly one.
+    pub daemon: Option<DaemonId>,
+    /// Empty: the daemon's first root.
+    pub root_id: String,
+    pub model: String,
+    /// Unspecified: ask.
+    pub mode: pb::ChatMode,
+}
+
+#[derive(Debug, Clone, Default)]
+pub struct ChatPage {
+    /// 1 to 200; 0: 50.
+    pub size: i32,
+    /// Empty: from the start.
+    pub token: String,
+    pub include_archived: bool,
+}
+
+#[derive(Debug, Clone)]
+pub struct SendMessage {
+    pub user: UserId,
+    pub chat: ChatId,
+    pub client_message_id: String,
+    pub text: String,
+    /// Stored with the turn, so that whoever continues it continues the trace.
+    pub traceparent: String,
+    /// The turn's own working time.
+    pub deadline: Duration,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sent {
+    pub message: pb::Message,
+    pub turn: pb::Turn,
+    /// The message had been accepted before.
+    pub duplicate: bool,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct CancelOutcome {
+    pub turn: pb::Turn,
+    /// Who writes the model's message just now.
+    pub producer: Option<InstanceId>,
+    /// Calls that may run: their daemons should hear it at once.
+    pub calls: Vec<CancelCall>,
+}
+
+/// A cancel for a call that was sent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CancelCall {
+    pub call: ToolCallId,
+    pub generation: i64,
+    pub daemon: DaemonId,
+}
+
+/// A daemon's hello as the gateway has checked it.
+#[derive(Debug, Clone)]
+pub struct DaemonHello {
+    pub daemon: DaemonId,
+    pub user: UserId,
+    pub gateway: InstanceId,
+    pub incarnation: Incarnation,
+    /// 0: give me a number.
+    pub instance: i64,
+    pub hostname: String,
+    pub os: String,
+    pub version: String,
+    pub roots: Vec<pb::Root>,
+    pub tools: Vec<pb::ToolDeclaration>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Lease {
+    /// The process's number.
+    pub instance: i64,
+    /// Counts leases; a renewal names it.
+    pub epoch: i64,
+}
+
+/// What the worker does next for a chat.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Step {
+    CallModel {
+        turn: TurnId,
+        iteration: i32,
+    },
+    /// Send these calls to their daemon.
+    Dispatch {
+        turn: TurnId,
+        calls: Vec<ToolCallId>,
+    },
+    /// Nothing until the next wake, or until so many milliseconds have passed.
+    Wait {
+        turn: TurnId,
+        for_ms: Option<u64>,
+    },
+    /// No turn is open.
+    Idle,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum Claim {
+    /// The round's message is stored: go on.
+    AlreadyCommitted,
+    /// The turn has ended, or is not at this round.
+    Stale,
+    Claimed(Box<Attempt>),
+}
+
+/// A model attempt: every write of it names the fence.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Attempt {
+    pub turn: TurnId,
+    pub chat: ChatId,
+    pub user: UserId,
+    /// The epoch of its live text.
+    pub fence: i64,
+    /// The same for all attempts of one round.
+    pub message: MessageId,
+    pub iteration: i32,
+    /// An earlier attempt of this round did not come to its end.
+    pub restarted: bool,
+    pub model: String,
+    pub mode: pb::ChatMode,
+    pub traceparent: String,
+    /// None: the chat has no daemon.
+    pub daemon: Option<DaemonTools>,
+    /// The root of the daemon that is chosen; empty where it offers none.
+    pub root_id: String,
+    /// Messages of this turn and those before it, oldest first, without notices.
+    pub history: Vec<pb::Message>,
+    /// Older messages exist that were not read.
+    pub history_cut: bool,
+    pub deadline: DateTime<Utc>,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct DaemonTools {
+    pub id: DaemonId,
+    /// None: it never connected.
+    pub incarnation: Option<Incarnation>,
+    pub hostname: String,
+    pub os: String,
+    pub roots: Vec<pb::Root>,
+    pub tools: Vec<pb::ToolDeclaration>,
+}
+
+/// A model's message as it is to be stored.
+#[derive(Debug, Clone)]
+pub struct NewAssistant {
+    pub turn: TurnId,
+    pub fence: i64,
+    pub message: MessageId,
+    pub iteration: i32,
+    pub model: String,
+    pub blocks: Vec<NewBlock>,
+    pub stop_reason: pb::StopReason,
+    pub usage: pb::Usage,
+    /// None: the turn ends well.
+    pub calls: Vec<NewCall>,
+}
+
+#[derive(Debug, Clone)]
+pub enum NewBlock {
+    Text {
+        text: String,
+    },
+    Thinking {
+        text: String,
+        signature: String,
+    },
+    /// Stands for `calls[call]`, whose id is born with the commit.
+    ToolUse {
+        call: usize,
+    },
+}
+
+#[derive(Debug, Clone)]
+pub struct NewCall {
+    /// Place among the calls of its message, from 0.
+    pub index: i32,
+    pub provider_id: String,
+    pub tool: String,
+    pub input: String,
+    pub read_only: bool,
+    /// May run again by itself.
+    pub repeatable: bool,
+    pub needs_approval: bool,
+    pub timeout: Duration,
+    /// It never runs: an unknown tool, arguments that do not fit.
+    pub refused: Option<Failure>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CommitOutcome {
+    Committed {
+        turn_ended: bool,
+    },
+    /// A newer attempt, or the turn's end, came first; nothing was written.
+    Fenced,
+}
+
+/// A dispatch whose generation is durable: to be sent now.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DispatchOrder {
+    pub call: pb::Dispatch,
+    pub daemon: DaemonId,
+    pub chat: ChatId,
+    pub user: UserId,
+    pub turn: TurnId,
+    pub traceparent: String,
+}
+
+/// A running process of a role, as it says of itself.
+#[derive(Debug, Clone)]
+pub struct Heartbeat {
+    pub id: InstanceId,
+    pub role: &'static str,
+    pub version: String,
+    pub address: String,
+    pub load: serde_json::Value,
+    pub draining: bool,
+}

@@ -1,0 +1,222 @@
+//! The pool, and how work on it is begun, timed and tried again.
+
+use std::{future::Future, time::Duration};
+
+use reliant_telemetry::metrics;
+use serde::{Deserialize, Serialize};
+use sqlx::{
+    Connection, PgPool, Postgres, Transaction,
+    postgres::{PgConnectOptions, PgPoolOptions},
+};
+use tracing::Instrument;
+
+use crate::{Result, StoreError, error::sqlstate};
+
+static MIGRATOR: sqlx::migrate::Migrator = sqlx::migrate!("../../migrations");
+
+/// One statement; longer means that something is stuck.
+const STATEMENT_TIMEOUT: &str = "15s";
+const LOCK_TIMEOUT: &str = "10s";
+const IDLE_IN_TRANSACTION_TIMEOUT: &str = "30s";
+/// A connection idle for longer is asked for a sign of life before it is used.
+const PING_AFTER_IDLE: Duration = Duration::from_secs(1);
+/// Tries of one transaction that met a conflict.
+const CONFLICT_TRIES: u32 = 3;
+
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct StoreConfig {
+    /// postgres://user:password@host:port/database
+    #[serde(serialize_with = "redacted")]
+    pub url: String,
+    /// Connections of this process.
+    pub max_connections: u32,
+    /// A request that waits longer for a connection is answered with UNAVAILABLE.
+    #[serde(with = "humantime_serde")]
+    pub acquire_timeout: Duration,
+}
+
+impl Default for StoreConfig {
+    fn default() -> Self {
+        Self { url: String::new(), max_connections: 16, acquire_timeout: Duration::from_secs(5) }
+    }
+}
+
+/// The address without its password.
+fn without_password(url: &str) -> String {
+    let Some((scheme, rest)) = url.split_once("://") else { return url.to_owned() };
+    let Some((login, host)) = rest.rsplit_once('@') else { return url.to_owned() };
+    match login.split_once(':') {
+        Some((user, _)) => format!("{scheme}://{user}:***@{host}"),
+        None => url.to_owned(),
+    }
+}
+
+fn redacted<S: serde::Serializer>(url: &str, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&without_password(url))
+}
+
+impl std::fmt::Debug for StoreConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("StoreConfig")
+            .field("url", &without_password(&self.url))
+            .field("max_connections", &self.max_connections)
+            .field("acquire_timeout", &self.acquire_timeout)
+            .finish()
+    }
+}
+
+pub(crate) type Tx = Transaction<'static, Postgres>;
+
+/// Clones share one pool.
+#[derive(Clone, Debug)]
+pub struct Store {
+    pub(crate) pool: PgPool,
+}
+
+impl Store {
+    /// Connects once, so that a wrong address is known at the start.
+    pub async fn connect(config: &StoreConfig) -> Result<Self> {
+        let options: PgConnectOptions = config.url.parse()?;
+        let options = options
+            .application_name("reliant")
+            .options([
+                ("statement_timeout", STATEMENT_TIMEOUT),
+                ("lock_timeout", LOCK_TIMEOUT),
+                ("idle_in_transaction_session_timeout", IDLE_IN_TRANSACTION_TIMEOUT),
+                ("jit", "off"),
+            ])
+            .statement_cache_capacity(256);
+        let pool = PgPoolOptions::new()
+            .max_connections(config.max_connections.max(1))
+            .acquire_timeout(config.acquire_timeout)
+            .test_before_acquire(false)
+            .before_acquire(|connection, meta| {
+                Box::pin(async move {
+                    if meta.idle_for > PING_AFTER_IDLE {
+                        connection.ping().await?;
+                    }
+                    Ok(true)
+                })
+            })
+            .connect_with(options)
+            .await?;
+        Ok(Self { pool })
+    }
+
+    /// Brings the schema up to date. Any number of processes may do so at once: an advisory lock orders them.
+    pub async fn migrate(&self) -> Result<()> {
+        MIGRATOR.run(&self.pool).await.map_err(StoreError::Migrate)
+    }
+
+    pub async fn ping(&self) -> Result<()> {
+        self.run("ping", async || {
+            sqlx::query!("SELECT 1 AS one").fetch_one(&self.pool).await?;
+            Ok(())
+        })
+        .await
+    }
+
+    /// Bumped when a standby is promoted.
+    pub async fn log_epoch(&self) -> Result<i64> {
+        self.run("log_epoch", async || {
+            Ok(sqlx::query_scalar!("SELECT log_epoch FROM log_state").fetch_one(&self.pool).await?)
+        })
+        .await
+    }
+
+    pub async fn close(&self) {
+        self.pool.close().await;
+    }
+
+    /// Times `work` and tries it again where transactions stood in each other's way; it must be safe to repeat.
+    pub(crate) async fn run<T, W, F>(&self, name: &'static str, mut work: W) -> Result<T>
+    where
+        W: FnMut() -> F,
+        F: Future<Output = Result<T>>,
+    {
+        let guard = metrics::guard(&metrics::STORE_DURATION, &[name]);
+        let size = i64::from(self.pool.size());
+        let idle = i64::try_from(self.pool.num_idle()).unwrap_or(i64::MAX);
+        metrics::STORE_CONNECTIONS.with_label_values(&["idle"]).set(idle);
+        metrics::STORE_CONNECTIONS.with_label_values(&["used"]).set((size - idle).max(0));
+        let mut tries = 0;
+        let result = loop {
+            tries += 1;
+            match work().instrument(span(name)).await {
+                Err(StoreError::Conflict(error)) if tries < CONFLICT_TRIES => {
+                    tracing::debug!(%error, name, "transactions conflicted; tried again");
+                }
+                result => break result,
+            }
+        };
+        guard.done(match &result {
+            Ok(_) => "ok",
+            Err(StoreError::Unavailable(_) | StoreError::Conflict(_)) => "unavailable",
+            Err(StoreError::Internal(error)) => {
+                tracing::error!(%error, name, "the database refused a statement");
+                "failed"
+            }
+            Err(StoreError::Corrupt(_) | StoreError::Migrate(_)) => "failed",
+            Err(_) => "refused",
+        });
+        result
+    }
+
+    /// A READ COMMITTED transaction. It is begun in a task of its own: a caller that goes away in between must not leave a
+    /// connection with an open transaction in the pool.
+    pub(crate) async fn begin(&self) -> Result<Tx> {
+        self.begin_with("BEGIN").await
+    }
+
+    pub(crate) async fn begin_with(&self, statement: &'static str) -> Result<Tx> {
+        let pool = self.pool.clone();
+        // A connection that died since its last use says so here, before anything happened.
+        for _ in 0..=pool.options().get_max_connections() {
+            let opening = pool.clone();
+            let begun = tokio::spawn(async move { opening.begin_with(statement).await }.in_current_span());
+            match begun.await {
+                Ok(Err(error)) if had_died(&error) => tracing::debug!(%error, "a pooled connection had died"),
+                Ok(begun) => return Ok(begun?),
+                Err(_) => return Err(StoreError::Unavailable(sqlx::Error::WorkerCrashed)),
+            }
+        }
+        Err(StoreError::Unavailable(sqlx::Error::PoolTimedOut))
+    }
+}
+
+/// The server went away while the connection lay in the pool: nothing was begun.
+fn had_died(error: &sqlx::Error) -> bool {
+    match error {
+        sqlx::Error::Io(_) => true,
+        sqlx::Error::Database(error) => error.code().is_some_and(|code| code == sqlstate::ADMIN_SHUTDOWN),
+        _ => false,
+    }
+}
+
+/// Only inside a trace: the polls of the background are not traces of their own.
+fn span(name: &'static str) -> tracing::Span {
+    if tracing::Span::current().is_none() {
+        return tracing::Span::none();
+    }
+    tracing::info_span!(
+        "store.transaction",
+        otel.kind = "client",
+        db.system.name = "postgresql",
+        db.operation.name = name,
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_password_is_never_shown() {
+        let config = StoreConfig { url: "postgres://ann:se:cr@et@db:5432/x".into(), ..Default::default() };
+        assert!(format!("{config:?}").contains("postgres://ann:***@db:5432/x"));
+        assert!(serde_json::to_string(&config).unwrap().contains("ann:***@db"));
+        assert_eq!(without_password("postgres://ann@db/x"), "postgres://ann@db/x");
+        assert_eq!(without_password(""), "");
+    }
+}

@@ -1,0 +1,204 @@
+//! Leases, tokens, ownership.
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use std::time::Duration;
+
+use reliant_store::*;
+use reliant_types::*;
+use support::*;
+
+#[tokio::test]
+async fn a_lease_orders_by_instance() {
+    let world = World::new().await;
+    let store = world.store();
+    assert_eq!(world.lease, Lease { instance: 1, epoch: 1 });
+    let again =
+        |instance, gateway| store.connect_daemon(hello(world.user, world.daemon, gateway, world.journal, instance));
+    let other = InstanceId::new();
+    // Its own newer stream, on another gateway.
+    let lease = again(1, other).await.unwrap();
+    assert_eq!((lease.value, lease.feed.len()), (Lease { instance: 1, epoch: 2 }, 0));
+    let held = store.renew_leases(world.gateway, &[(world.daemon, 1, 1)]).await.unwrap();
+    assert!(held.is_empty(), "the older stream lost it");
+    assert_eq!(store.renew_leases(other, &[(world.daemon, 1, 2)]).await.unwrap(), [world.daemon]);
+    // A new process.
+    assert_eq!(again(0, other).await.unwrap().value, Lease { instance: 2, epoch: 3 });
+    assert!(matches!(again(1, other).await, Err(StoreError::DaemonReplaced)));
+    assert_eq!(code(again(1, other).await.unwrap_err()), Code::DaemonReplaced);
+    // Only the lease that is held can be given back.
+    assert!(!store.release_lease(world.daemon, other, 2).await.unwrap().value);
+    let released = store.release_lease(world.daemon, other, 3).await.unwrap();
+    assert!(released.value && released.feed.len() == 1);
+    assert!(store.renew_leases(other, &[(world.daemon, 2, 3)]).await.unwrap().is_empty(), "given back is given back");
+    assert!(!store.list_daemons(world.user, false).await.unwrap()[0].connected);
+    let back = again(2, other).await.unwrap();
+    assert_eq!((back.value.epoch, back.feed.len()), (4, 1), "epochs only grow");
+    assert!(store.list_daemons(world.user, false).await.unwrap()[0].connected);
+}
+
+#[tokio::test]
+async fn a_lease_that_ran_out_is_told_once() {
+    let world = World::new().await;
+    assert!(world.store().expired_leases(10).await.unwrap().is_empty());
+    world.daemon_goes().await;
+    let told = world.store().expired_leases(10).await.unwrap();
+    assert_eq!(told.iter().map(|it| (it.value, it.feed.len())).collect::<Vec<_>>(), [(world.daemon, 1)]);
+    assert!(world.store().expired_leases(10).await.unwrap().is_empty());
+    // A gateway that was only slow renews it.
+    assert_eq!(world.store().renew_leases(world.gateway, &[(world.daemon, 1, 1)]).await.unwrap(), [world.daemon]);
+    contiguous(world.store().feed_after(world.user, 0, 100).await.unwrap().iter().map(|event| event.seq));
+}
+
+#[tokio::test]
+async fn declarations_belong_to_the_newest_process() {
+    let world = World::new().await;
+    let root = pb::Root { id: "r2".into(), ..Default::default() };
+    let update = |instance| world.store().update_declarations(world.daemon, instance, vec![root.clone()], vec![]);
+    assert!(!update(7).await.unwrap().value);
+    assert!(update(1).await.unwrap().value);
+    assert_eq!(world.store().list_daemons(world.user, false).await.unwrap()[0].roots[0].id, "r2");
+    let chosen = world.store().select_daemon(world.user, world.chat, world.daemon, "r2").await.unwrap();
+    assert_eq!((chosen.value.root_id.as_str(), chosen.feed.len()), ("r2", 1));
+    let wrong = world.store().select_daemon(world.user, world.chat, world.daemon, "r1").await.unwrap_err();
+    assert_eq!(code(wrong), Code::InvalidArgument);
+}
+
+#[tokio::test]
+async fn selecting_a_daemon_wakes_what_waits_for_one() {
+    let world = World::new().await;
+    let (turn, calls) = world.asked(vec![call(0, "shell")]).await;
+    world.daemon_goes().await;
+    let _ = world.store().prepare_dispatch(calls[0]).await.unwrap();
+    let (other, _) = world.store().register_daemon(world.user, "desktop", false).await.unwrap();
+    let _ = world.store().connect_daemon(hello(world.user, other, world.gateway, Incarnation::new(), 0)).await.unwrap();
+    let chosen = world.store().select_daemon(world.user, world.chat, other, "").await.unwrap();
+    assert!(chosen.wake.is_some());
+    assert_eq!(world.step().await, Step::Dispatch { turn, calls: calls.clone() });
+    let order = world.store().prepare_dispatch(calls[0]).await.unwrap().value.unwrap();
+    assert_eq!((order.daemon, order.call.root_id.as_str()), (other, "r1"));
+}
+
+#[tokio::test]
+async fn tokens_say_what_is_wrong_with_them() {
+    let world = World::new().await;
+    let store = world.store();
+    let scopes = ["api".to_owned()];
+    let (token, secret) = store.create_token(world.user, "ci", &scopes, None, None).await.unwrap();
+    let row = store.token_by_secret(&secret).await.unwrap();
+    assert_eq!((row.user, row.scopes.as_slice(), row.daemon), (world.user, scopes.as_slice(), None));
+    assert!(secret.starts_with(&token.prefix) && secret.len() == 47);
+    assert_eq!(code(store.token_by_secret("rlt_guess").await.unwrap_err()), Code::TokenInvalid);
+    let since = chrono::Utc::now() - DAY;
+    assert!(store.revoked_since(since).await.unwrap().is_empty());
+    let id = token.id.parse().unwrap();
+    store.revoke_token(world.user, id).await.unwrap();
+    store.revoke_token(world.user, id).await.unwrap();
+    assert_eq!(code(store.token_by_secret(&secret).await.unwrap_err()), Code::TokenRevoked);
+    assert_eq!(store.revoked_since(since).await.unwrap(), [id]);
+    let past = chrono::Utc::now() - DAY;
+    let (_, secret) = store.create_token(world.user, "old", &scopes, None, Some(past)).await.unwrap();
+    assert_eq!(code(store.token_by_secret(&secret).await.unwrap_err()), Code::TokenExpired);
+    assert_eq!(store.list_tokens(world.user).await.unwrap().len(), 2, "daemons' tokens are not among them");
+}
+
+#[tokio::test]
+async fn registering_anew_voids_the_old_token() {
+    let world = World::new().await;
+    let store = world.store();
+    assert_eq!(code(store.register_daemon(world.user, "laptop", false).await.unwrap_err()), Code::AlreadyExists);
+    let (same, first) = store.register_daemon(world.user, "laptop", true).await.unwrap();
+    assert_eq!(same, world.daemon);
+    assert_eq!(store.token_by_secret(&first).await.unwrap().daemon, Some(world.daemon));
+    let (_, second) = store.register_daemon(world.user, "laptop", true).await.unwrap();
+    assert_eq!(code(store.token_by_secret(&first).await.unwrap_err()), Code::TokenRevoked);
+    store.token_by_secret(&second).await.unwrap();
+    let revoked = store.revoke_daemon(world.user, world.daemon).await.unwrap();
+    assert_eq!(revoked.feed.len(), 1);
+    assert_eq!(code(store.token_by_secret(&second).await.unwrap_err()), Code::TokenRevoked);
+    let refused = store.connect_daemon(hello(world.user, world.daemon, world.gateway, world.journal, 0)).await;
+    assert_eq!(code(refused.unwrap_err()), Code::NotFound);
+    assert!(store.renew_leases(world.gateway, &[(world.daemon, 1, 1)]).await.unwrap().is_empty());
+    let (new, _) = store.register_daemon(world.user, "laptop", false).await.unwrap();
+    assert_ne!(new, world.daemon, "the name is free again");
+}
+
+#[tokio::test]
+async fn a_sign_in_link_works_once() {
+    let world = World::new().await;
+    let sign_in = world.store().create_login_code(world.user, Duration::from_secs(600)).await.unwrap();
+    assert_eq!(world.store().use_login_code(&sign_in).await.unwrap().id, world.user);
+    assert_eq!(code(world.store().use_login_code(&sign_in).await.unwrap_err()), Code::TokenInvalid);
+    let expired = world.store().create_login_code(world.user, Duration::ZERO).await.unwrap();
+    assert_eq!(code(world.store().use_login_code(&expired).await.unwrap_err()), Code::TokenInvalid);
+    let again = world.store().ensure_user("ada", "Ada L.", "admin").await.unwrap();
+    assert_eq!((again.id, again.role.as_str()), (world.user, "admin"));
+    assert_eq!(world.store().user_by_subject("ada").await.unwrap(), world.store().user(world.user).await.unwrap());
+}
+
+#[tokio::test]
+async fn nothing_of_another_is_there() {
+    let world = World::new().await;
+    let (turn, _) = world.asked(vec![asking(0, "shell")]).await;
+    let approval = world.approvals().await[0];
+    let (token, _) = world.store().create_token(world.user, "ci", &["api".to_owned()], None, None).await.unwrap();
+    let project = world.store().create_project(world.user, "p").await.unwrap();
+    let (store, chat, daemon) = (world.store(), world.chat, world.daemon);
+    let eve = store.ensure_user("eve", "Eve", "member").await.unwrap().id;
+    let (eves_daemon, _) = store.register_daemon(eve, "laptop", false).await.unwrap();
+    let before = world.log().await;
+
+    let mut refused = Vec::new();
+    macro_rules! refuse { ($($call:expr),* $(,)?) => { $(refused.push((stringify!($call), code($call.await.map(drop).unwrap_err())));)* }; }
+    refuse!(
+        store.get_chat(eve, chat),
+        store.rename_chat(eve, chat, "mine"),
+        store.archive_chat(eve, chat, true),
+        store.configure_chat(eve, chat, Some(pb::ChatMode::Auto), None),
+        store.select_daemon(eve, chat, eves_daemon, ""),
+        store.select_daemon(world.user, chat, eves_daemon, ""),
+        store.send_message(&message(eve, chat, "x")),
+        store.list_messages(eve, chat, 0, 0),
+        store.get_turn(eve, turn),
+        store.request_cancel(eve, turn),
+        store.decide_approval(eve, approval, true, pb::ApprovalScope::Session),
+        store.list_approvals(eve, Some(chat), true, 0),
+        store.revoke_daemon(eve, daemon),
+        store.connect_daemon(hello(eve, daemon, world.gateway, world.journal, 0)),
+        store.revoke_token(eve, token.id.parse().unwrap()),
+        store.chat_access(eve, chat),
+        store.snapshot(eve, chat),
+        store.create_chat(&new_chat(eve, Some(daemon))),
+        store.create_chat(&NewChat { project: Some(project.id.parse().unwrap()), ..new_chat(eve, None) }),
+    );
+    for (call, code) in refused {
+        assert_eq!(code, Code::NotFound, "{call}");
+    }
+    assert!(store.list_chats(eve, &ChatPage::default()).await.unwrap().0.is_empty());
+    assert!(store.list_approvals(eve, None, true, 0).await.unwrap().is_empty());
+    assert!(store.list_tokens(eve).await.unwrap().is_empty());
+    assert!(store.list_projects(eve).await.unwrap().is_empty());
+    assert_eq!(store.list_daemons(eve, true).await.unwrap().len(), 1);
+    assert!(store.feed_after(eve, 0, 10).await.unwrap().is_empty());
+    assert_eq!(world.log().await, before, "nothing was changed");
+}
+
+#[tokio::test]
+async fn projects_have_names_of_their_own() {
+    let world = World::new().await;
+    let project = world.store().create_project(world.user, "reliant").await.unwrap();
+    assert_eq!(code(world.store().create_project(world.user, "reliant").await.unwrap_err()), Code::AlreadyExists);
+    assert_eq!(world.store().list_projects(world.user).await.unwrap(), [project]);
+    let beat = Heartbeat {
+        id: world.worker,
+        role: "worker",
+        version: "0.1.0".into(),
+        address: String::new(),
+        load: serde_json::json!({}),
+        draining: false,
+    };
+    world.store().heartbeat_instance(&beat).await.unwrap();
+    world.store().heartbeat_instance(&Heartbeat { draining: true, ..beat }).await.unwrap();
+    assert_eq!(world.db.number("SELECT count(*) FROM instances WHERE drain_state = 'draining'").await, 1);
+}

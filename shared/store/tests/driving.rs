@@ -1,0 +1,232 @@
+//! Turns from their message to their end.
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use reliant_store::*;
+use reliant_types::*;
+use support::*;
+
+#[tokio::test]
+async fn a_plain_turn_runs_to_its_end() {
+    let world = World::new().await;
+    let turn = world.turn("a").await;
+    assert_eq!(world.step().await, Step::CallModel { turn, iteration: 0 });
+    let attempt = world.claim(turn, 0).await;
+    assert_eq!((attempt.fence, attempt.restarted, attempt.root_id.as_str()), (1, false, "r1"));
+    assert_eq!(attempt.traceparent, TRACE);
+    assert_eq!(attempt.daemon.as_ref().unwrap().tools[0].name, "shell");
+    assert_eq!(attempt.history.iter().map(text).collect::<Vec<_>>(), ["text of a"]);
+    let committed = world.store().commit_message(answer(&attempt, "hello\0", vec![])).await.unwrap();
+    assert_eq!(committed.value, CommitOutcome::Committed { turn_ended: true });
+    assert_eq!(world.step().await, Step::Idle);
+    let (row, _) = world.store().get_turn(world.user, turn).await.unwrap();
+    assert_eq!((row.status(), row.usage.unwrap().output_tokens), (pb::TurnStatus::Succeeded, 5));
+    let log = world.log().await;
+    let expected =
+        ["chat", "message USER", "turn QUEUED", "turn RUNNING", "started 1", "message ASSISTANT", "turn SUCCEEDED"];
+    assert_eq!(kinds(&log), expected);
+    let claim = world.store().claim_attempt(turn, 0, world.worker).await.unwrap();
+    assert_eq!((claim.value, claim.events.len()), (Claim::AlreadyCommitted, 0));
+}
+
+#[tokio::test]
+async fn a_tool_turn_goes_its_way() {
+    let world = World::new().await;
+    let (turn, calls) = world.asked(vec![call(0, "shell"), call(1, "glob")]).await;
+    assert_eq!(world.step().await, Step::Dispatch { turn, calls: calls.clone() });
+    let mut generations = Vec::new();
+    for call in &calls {
+        generations.push(world.dispatch(*call).await);
+    }
+    assert!(matches!(world.step().await, Step::Wait { for_ms: Some(_), .. }));
+    let started = pb::DispatchReply { outcome: pb::DispatchOutcome::Started as i32, ..Default::default() };
+    let running = world.store().dispatch_replied(calls[0], generations[0], &started).await.unwrap();
+    assert_eq!(kinds(&running.events), ["call RUNNING"]);
+    // Results come in any order; the round's message has them in the calls' order.
+    assert_eq!(world.ack(&world.result(calls[1], 1, "two")).await, pb::AckOutcome::Committed);
+    assert!(matches!(world.step().await, Step::Wait { .. }));
+    let last = world.store().commit_result(world.daemon, &world.result(calls[0], 1, "one\0\n")).await.unwrap();
+    assert_eq!(kinds(&last.events), ["call SUCCEEDED", "message TOOL"]);
+    assert!(last.wake.is_some());
+    assert_eq!(world.step().await, Step::CallModel { turn, iteration: 1 });
+    let attempt = world.claim(turn, 1).await;
+    let history: Vec<_> = attempt.history.iter().map(text).collect();
+    assert_eq!(history[1..], ["on it[shell][glob]", "<one\u{fffd}\n><two>"]);
+    let committed = world.store().commit_message(answer(&attempt, "done", vec![])).await.unwrap();
+    assert_eq!(committed.value, CommitOutcome::Committed { turn_ended: true });
+    let call = &world.calls(turn).await[0];
+    assert_eq!((call.exit_code, call.generation, call.is_error), (Some(0), 1, false));
+    assert!(call.started_at.is_some() && call.ended_at.is_some());
+    let (row, _) = world.store().get_turn(world.user, turn).await.unwrap();
+    assert_eq!(row.usage.unwrap().input_tokens, 20, "the usage of both rounds");
+    world.log().await;
+}
+
+#[tokio::test]
+async fn a_zombie_changes_nothing() {
+    let world = World::new().await;
+    let turn = world.turn("a").await;
+    let zombie = world.claim(turn, 0).await;
+    let committed = world.store().claim_attempt(turn, 0, InstanceId::new()).await.unwrap();
+    let Claim::Claimed(heir) = &committed.value else { panic!("not claimed") };
+    assert_eq!((heir.fence, heir.message, heir.restarted), (2, zombie.message, true));
+    assert_eq!(kinds(&committed.events), ["started 2"]);
+    let fenced = world.store().commit_message(answer(&zombie, "too late", vec![call(0, "shell")])).await.unwrap();
+    assert_eq!((fenced.value, fenced.events.len()), (CommitOutcome::Fenced, 0));
+    let failure = Failure::new(Code::ProviderRejected, "no");
+    assert!(!world.store().fail_turn(turn, Some(zombie.fence), &failure).await.unwrap().value);
+    let _ = world.store().release_attempt(turn, zombie.fence).await.unwrap();
+    let _ = world.store().add_notice(turn, zombie.fence, "shortened").await.unwrap();
+    let done = world.store().commit_message(answer(heir, "in time", vec![])).await.unwrap();
+    assert_eq!(done.value, CommitOutcome::Committed { turn_ended: true });
+    let again = world.store().commit_message(answer(heir, "in time", vec![])).await.unwrap();
+    assert_eq!(again.value, CommitOutcome::Fenced);
+    assert_eq!(world.messages().await.iter().map(text).collect::<Vec<_>>(), ["text of a", "in time"]);
+    assert!(world.calls(turn).await.is_empty());
+}
+
+#[tokio::test]
+async fn a_message_sent_meanwhile_is_the_next_turn() {
+    let world = World::new().await;
+    let first = world.turn("a").await;
+    let attempt = world.claim(first, 0).await;
+    let second = world.turn("b").await;
+    assert_eq!(world.turn_status(second).await, pb::TurnStatus::Queued);
+    let claim = world.store().claim_attempt(second, 0, world.worker).await.unwrap();
+    assert_eq!(claim.value, Claim::Stale, "an older turn runs");
+    let _ = world.store().commit_message(answer(&attempt, "answer a", vec![])).await.unwrap();
+    assert_eq!(world.step().await, Step::CallModel { turn: second, iteration: 0 });
+    let attempt = world.claim(second, 0).await;
+    let history: Vec<_> = attempt.history.iter().map(text).collect();
+    assert_eq!(history, ["text of a", "answer a", "text of b"], "in the order of turns, not of their arrival");
+}
+
+#[tokio::test]
+async fn the_history_of_a_turn_knows_nothing_of_later_ones_and_no_notices() {
+    let world = World::new().await;
+    let turn = world.turn("a").await;
+    world.turn("b").await;
+    let attempt = world.claim(turn, 0).await;
+    for _ in 0..2 {
+        let _ = world.store().add_notice(turn, attempt.fence, "history was shortened").await.unwrap();
+    }
+    let attempt = world.claim(turn, 0).await;
+    assert_eq!(attempt.history.iter().map(text).collect::<Vec<_>>(), ["text of a"]);
+    let notices = world.messages().await.iter().filter(|message| message.role() == pb::Role::Notice).count();
+    assert_eq!(notices, 1, "once per turn");
+}
+
+#[tokio::test]
+async fn a_long_history_begins_with_a_persons_message() {
+    let world = World::new().await;
+    // Six hundred turns with an answer each, as if they had been.
+    sqlx::query(
+        "WITH t AS (
+             INSERT INTO turns (id, chat_id, user_id, message_id, ordinal, status, model, mode, deadline_left_ms, ended_at)
+             SELECT gen_random_uuid(), $1, $2, gen_random_uuid(), n, 'succeeded', 'm', 'auto', 0, now()
+             FROM generate_series(1, 600) n RETURNING id, ordinal
+         ), c AS (UPDATE chats SET last_ordinal = 1200)
+         INSERT INTO messages (id, chat_id, turn_id, ordinal, turn_ordinal, role, iteration)
+         SELECT gen_random_uuid(), $1, t.id, 2 * t.ordinal - r.n, t.ordinal, r.role, 0
+         FROM t, (VALUES (1, 'user'), (0, 'assistant')) AS r (n, role)",
+    )
+    .bind(world.chat.0)
+    .bind(world.user.0)
+    .execute(&world.db.raw)
+    .await
+    .unwrap();
+    let turn = world.turn("last").await;
+    let attempt = world.claim(turn, 0).await;
+    assert!(attempt.history_cut);
+    assert!(attempt.history.len() as i64 <= limits::HISTORY_MESSAGES_MAX && attempt.history.len() > 990);
+    assert_eq!(attempt.history[0].role(), pb::Role::User);
+    assert_eq!(text(attempt.history.last().unwrap()), "text of last");
+}
+
+#[tokio::test]
+async fn calls_that_never_run_are_answered_at_once() {
+    let world = World::new().await;
+    let refused =
+        NewCall { refused: Some(Failure::new(Code::ToolUnknown, "there is no tool 'fly'")), ..call(0, "fly") };
+    let (turn, _) = world.asked(vec![refused]).await;
+    assert_eq!(world.call_status(turn).await, pb::ToolCallStatus::Failed);
+    assert_eq!(world.step().await, Step::CallModel { turn, iteration: 1 });
+    let attempt = world.claim(turn, 1).await;
+    assert_eq!(text(attempt.history.last().unwrap()), "<there is no tool 'fly'>");
+    assert_eq!(world.calls(turn).await[0].error_code, "TOOL_UNKNOWN");
+}
+
+#[tokio::test]
+async fn a_failed_turn_says_why_and_the_next_one_goes() {
+    let world = World::new().await;
+    let turn = world.turn("a").await;
+    let next = world.turn("b").await;
+    let attempt = world.claim(turn, 0).await;
+    let failure = Failure::new(Code::ProviderRejected, "the provider refused the key");
+    let failed = world.store().fail_turn(turn, Some(attempt.fence), &failure).await.unwrap();
+    assert!(failed.value && failed.wake.is_some());
+    let (row, _) = world.store().get_turn(world.user, turn).await.unwrap();
+    assert_eq!((row.status(), row.error_code.as_str()), (pb::TurnStatus::Failed, "PROVIDER_REJECTED"));
+    assert_eq!(world.step().await, Step::CallModel { turn: next, iteration: 0 });
+    assert!(!world.store().fail_turn(turn, None, &failure).await.unwrap().value, "once");
+}
+
+#[tokio::test]
+async fn a_turn_past_its_deadline_or_its_rounds_fails() {
+    let world = World::new().await;
+    let turn = world.turn("a").await;
+    world.claim(turn, 0).await;
+    world.db.execute("UPDATE turns SET deadline_at = now() - interval '1 second'").await;
+    assert_eq!(world.step().await, Step::Idle);
+    let (row, _) = world.store().get_turn(world.user, turn).await.unwrap();
+    assert_eq!((row.status(), row.error_code.as_str()), (pb::TurnStatus::Failed, "TURN_DEADLINE"));
+
+    let turn = world.turn("b").await;
+    world.db.execute("UPDATE turns SET iteration = 100 WHERE ended_at IS NULL").await;
+    assert_eq!(world.step().await, Step::Idle);
+    let (row, _) = world.store().get_turn(world.user, turn).await.unwrap();
+    assert_eq!(row.error_code, "TURN_ROUNDS");
+    world.log().await;
+}
+
+#[tokio::test]
+async fn the_clock_stands_while_somebody_is_awaited() {
+    let world = World::new().await;
+    let (turn, _) = world.asked(vec![asking(0, "shell")]).await;
+    world.db.execute("UPDATE turns SET deadline_at = now() + interval '100 seconds'").await;
+    assert!(matches!(world.step().await, Step::Wait { for_ms: None, .. }));
+    assert_eq!(world.turn_status(turn).await, pb::TurnStatus::WaitingApproval);
+    let left = world.db.number("SELECT deadline_left_ms FROM turns WHERE deadline_at IS NULL").await;
+    assert!((95_000..=100_000).contains(&left), "{left}");
+    // Waiting again does not wind it up or down.
+    world.step().await;
+    assert_eq!(world.db.number("SELECT deadline_left_ms FROM turns").await, left);
+    let _ = world
+        .store()
+        .decide_approval(world.user, world.approvals().await[0], true, pb::ApprovalScope::Once)
+        .await
+        .unwrap();
+    assert!(matches!(world.step().await, Step::Dispatch { .. }));
+    assert_eq!(world.turn_status(turn).await, pb::TurnStatus::Running);
+    let runs = world.db.number("SELECT (extract(epoch FROM deadline_at - now()) * 1000)::bigint FROM turns").await;
+    assert!((left - 5_000..=left).contains(&runs), "{runs} of {left}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn many_workers_at_one_chat_commit_each_round_once() {
+    let world = World::new().await;
+    let turn = world.turn("a").await;
+    let workers = (0..8).map(|_| async {
+        let claim = world.store().claim_attempt(turn, 0, InstanceId::new()).await.unwrap();
+        match claim.value {
+            Claim::Claimed(attempt) => world.store().commit_message(answer(&attempt, "x", vec![])).await.unwrap().value,
+            _ => CommitOutcome::Fenced,
+        }
+    });
+    let outcomes = futures::future::join_all(workers).await;
+    let committed = outcomes.iter().filter(|outcome| matches!(outcome, CommitOutcome::Committed { .. })).count();
+    assert_eq!(committed, 1);
+    assert_eq!(world.messages().await.len(), 2);
+    world.log().await;
+}

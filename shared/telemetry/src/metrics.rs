@@ -1,0 +1,386 @@
+//! Every metric, declared once; its doc comment is its help text. Labels have few values: never a user, chat, daemon
+//! or trace id, and tool names only through [`tool_label`].
+
+use prometheus::{Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry};
+use std::{
+    sync::LazyLock,
+    time::{Duration, Instant},
+};
+
+/// For anything that a person or a caller waits for: 0.5 ms to 30 s.
+pub const SECONDS: &[f64] =
+    &[0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 30.0];
+/// For hops within the mesh: 50 µs to 1 s.
+pub const HOP_SECONDS: &[f64] =
+    &[0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0];
+/// For model calls, tools and turns: 5 ms to an hour.
+pub const LONG_SECONDS: &[f64] =
+    &[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0, 3600.0];
+
+/// What a dashboard or a test needs to know of a metric.
+#[derive(Debug, Clone, Copy)]
+pub struct Declared {
+    pub name: &'static str,
+    pub kind: &'static str,
+    pub labels: &'static [&'static str],
+    pub help: &'static str,
+}
+
+trait Metric: Sized {
+    const KIND: &'static str;
+    fn declare(name: &str, help: &str, labels: &[&str], buckets: &[f64]) -> prometheus::Result<Self>;
+}
+
+macro_rules! kinds {
+    ($($kind:ty, $name:literal, |$n:ident, $h:ident, $l:ident, $b:ident| $make:expr;)*) => {$(
+        impl Metric for $kind {
+            const KIND: &'static str = $name;
+            fn declare($n: &str, $h: &str, $l: &[&str], $b: &[f64]) -> prometheus::Result<Self> { $make }
+        }
+    )*};
+}
+
+kinds! {
+    IntCounter, "counter", |n, h, _l, _b| IntCounter::new(n, h);
+    IntCounterVec, "counter", |n, h, l, _b| IntCounterVec::new(prometheus::Opts::new(n, h), l);
+    IntGauge, "gauge", |n, h, _l, _b| IntGauge::new(n, h);
+    IntGaugeVec, "gauge", |n, h, l, _b| IntGaugeVec::new(prometheus::Opts::new(n, h), l);
+    Histogram, "histogram", |n, h, _l, b| Histogram::with_opts(prometheus::HistogramOpts::new(n, h).buckets(b.to_vec()));
+    HistogramVec, "histogram", |n, h, l, b| HistogramVec::new(prometheus::HistogramOpts::new(n, h).buckets(b.to_vec()), l);
+}
+
+static REGISTRY: LazyLock<Registry> = LazyLock::new(|| {
+    let registry = Registry::new();
+    #[cfg(target_os = "linux")]
+    registry
+        .register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))
+        .expect("the registry is empty");
+    registry
+});
+
+macro_rules! metrics {
+    ($($(#[doc = $help:literal])+ pub static $id:ident: $kind:ty = ($name:literal, [$($label:literal),*] $(, $buckets:expr)?);)*) => {
+        $(
+            $(#[doc = $help])+
+            pub static $id: LazyLock<$kind> = LazyLock::new(|| {
+                let buckets: &[f64] = &[];
+                $(let buckets: &[f64] = { let _ = buckets; $buckets };)?
+                let metric = <$kind as Metric>::declare($name, concat!($($help),+).trim(), &[$($label),*], buckets)
+                    .expect("declared names and labels are valid; a test reads them all");
+                REGISTRY.register(Box::new(metric.clone())).expect("each name is declared once");
+                metric
+            });
+        )*
+
+        /// Every declared metric, in the order of this file.
+        pub const DECLARED: &[Declared] = &[$(Declared {
+            name: $name,
+            kind: <$kind as Metric>::KIND,
+            labels: &[$($label),*],
+            help: concat!($($help),+),
+        }),*];
+
+        fn force() {
+            $(LazyLock::force(&$id);)*
+        }
+    };
+}
+
+metrics! {
+    // --- RPC
+    /// Time of an RPC at its server, to its end or to the end of its stream, by method and gRPC status ("cancelled" where the caller left).
+    pub static RPC_SERVER_DURATION: HistogramVec = ("rpc_server_call_duration_seconds", ["rpc_method", "rpc_response_status_code"], SECONDS);
+    /// Time of an RPC at its client.
+    pub static RPC_CLIENT_DURATION: HistogramVec = ("rpc_client_call_duration_seconds", ["rpc_method", "rpc_response_status_code"], SECONDS);
+    /// RPCs under way, by method.
+    pub static RPC_SERVER_INFLIGHT: IntGaugeVec = ("reliant_rpc_inflight", ["rpc_method"]);
+    /// RPCs refused before their handler, by layer (load_shed, rate_limit, auth, timeout).
+    pub static RPC_REFUSED: IntCounterVec = ("reliant_rpc_refused_total", ["layer"]);
+    /// Panics caught in RPC handlers and tasks.
+    pub static PANICS: IntCounter = ("reliant_panics_total", []);
+
+    // --- bus
+    /// Time of a publish or request on NATS, by subject template, operation (publish, request, reply) and outcome.
+    pub static BUS_DURATION: HistogramVec = ("messaging_client_operation_duration_seconds", ["messaging_destination_template", "messaging_operation_name", "outcome"], HOP_SECONDS);
+    /// Messages handed to a subscriber, by subject template.
+    pub static BUS_CONSUMED: IntCounterVec = ("messaging_client_consumed_messages_total", ["messaging_destination_template"]);
+    /// Messages that could not be decoded or had a foreign subject, by subject template.
+    pub static BUS_UNDECODABLE: IntCounterVec = ("reliant_bus_undecodable_total", ["messaging_destination_template"]);
+    /// Messages dropped because a subscription's buffer was full.
+    pub static BUS_SLOW_CONSUMER: IntCounter = ("reliant_bus_slow_consumer_drops_total", []);
+    /// Times the NATS connection was lost.
+    pub static BUS_DISCONNECTS: IntCounter = ("reliant_bus_disconnects_total", []);
+    /// Errors said by the NATS server (permissions, limits).
+    pub static BUS_SERVER_ERRORS: IntCounter = ("reliant_bus_server_errors_total", []);
+    /// 1 while the NATS connection stands.
+    pub static BUS_CONNECTED: IntGauge = ("reliant_bus_connected", []);
+
+    // --- turns
+    /// Where a turn's time goes. The phases add up to the turn: accept, enqueue, pickup, context, model_first_token, model_stream, approval_wait, tool_route, tool_run, tool_return, persist, fanout.
+    pub static TURN_PHASE: HistogramVec = ("reliant_turn_phase_seconds", ["phase"], LONG_SECONDS);
+    /// Whole turns, from accepted to ended, by end (succeeded, failed, cancelled).
+    pub static TURN_DURATION: HistogramVec = ("reliant_turn_seconds", ["status"], LONG_SECONDS);
+    /// Turns that failed, by error code.
+    pub static TURN_FAILED: IntCounterVec = ("reliant_turn_failed_total", ["code"]);
+    /// Model attempts that took over from one that died or was given up.
+    pub static TURN_TAKEOVERS: IntCounter = ("reliant_turn_takeovers_total", []);
+    /// Activities and local activities of chat workflows, by kind and outcome.
+    pub static TURN_STEP: HistogramVec = ("reliant_turn_step_seconds", ["step", "outcome"], SECONDS);
+
+    // --- model
+    /// From the request to the first piece of a model's answer.
+    pub static MODEL_FIRST_TOKEN: HistogramVec = ("reliant_model_first_token_seconds", ["provider", "model"], LONG_SECONDS);
+    /// A model call from request to end, by outcome (ok, retried, failed, cancelled).
+    pub static MODEL_DURATION: HistogramVec = ("gen_ai_client_operation_duration_seconds", ["provider", "model", "outcome"], LONG_SECONDS);
+    /// Tokens as the provider counted them, by kind (input, output, cache_read, cache_write, reasoning).
+    pub static MODEL_TOKENS: IntCounterVec = ("reliant_model_tokens_total", ["provider", "model", "kind"]);
+    /// Millionths of a US dollar, by the configured prices.
+    pub static MODEL_COST: IntCounterVec = ("reliant_model_cost_microusd_total", ["provider", "model"]);
+    /// Model requests tried again, by reason (rate_limited, server_error, cut, stall, garbage, connect).
+    pub static MODEL_RETRIES: IntCounterVec = ("reliant_model_retries_total", ["provider", "reason"]);
+    /// Ends of model answers, by stop reason.
+    pub static MODEL_STOPS: IntCounterVec = ("reliant_model_stops_total", ["provider", "model", "reason"]);
+    /// Histories that had to be shortened to fit the model's window.
+    pub static MODEL_SHORTENED: IntCounter = ("reliant_model_history_shortened_total", []);
+
+    // --- tools
+    /// A tool call on the daemon, by tool (our own by name, else mcp or other) and status.
+    pub static TOOL_RUN: HistogramVec = ("reliant_tool_run_seconds", ["tool", "status"], LONG_SECONDS);
+    /// Dispatches of tool calls, by outcome (started, attached, finished, tombstone, refused, away, timeout, failed).
+    pub static TOOL_DISPATCH: IntCounterVec = ("reliant_tool_dispatch_total", ["outcome"]);
+    /// Calls whose outcome cannot be known, by cause.
+    pub static TOOL_UNKNOWN: IntCounterVec = ("reliant_tool_outcome_unknown_total", ["cause"]);
+    /// Results received, by what became of them (committed, discarded, late).
+    pub static TOOL_RESULTS: IntCounterVec = ("reliant_tool_results_total", ["outcome"]);
+    /// Dispatch leaving the worker to the result arriving there, with the tool's own time.
+    pub static TOOL_ROUND_TRIP: Histogram = ("reliant_tool_round_trip_seconds", [], LONG_SECONDS);
+
+    // --- viewers
+    /// Open update streams.
+    pub static VIEWERS: IntGauge = ("reliant_viewers", []);
+    /// Updates given to viewers, by kind (event, delta, feed, replayed to one who joins or resumes, heartbeat).
+    pub static VIEWER_UPDATES: IntCounterVec = ("reliant_viewer_updates_total", ["kind"]);
+    /// From a piece's birth at its producer to the viewer's queue, where the clocks agree.
+    pub static VIEWER_LAG: Histogram = ("reliant_viewer_lag_seconds", [], HOP_SECONDS);
+    /// Live pieces dropped because a viewer was too slow.
+    pub static VIEWER_DROPS: IntCounter = ("reliant_viewer_drops_total", []);
+    /// Refills of live text from its producer, by outcome (filled, gone, away).
+    pub static VIEWER_REFILLS: IntCounterVec = ("reliant_viewer_refills_total", ["outcome"]);
+    /// Reads of the log because events were missing, by reason (gap, poll, resume, lagged).
+    pub static VIEWER_RESYNCS: IntCounterVec = ("reliant_viewer_resyncs_total", ["reason"]);
+
+    // --- daemons
+    /// Daemon streams this gateway holds.
+    pub static DAEMONS_CONNECTED: IntGauge = ("reliant_daemons_connected", []);
+    /// Daemon streams that ended, by reason (closed, replaced, revoked, drain, lease_lost, bus_away, hello, error).
+    pub static DAEMON_STREAM_ENDS: IntCounterVec = ("reliant_daemon_stream_ends_total", ["reason"]);
+    /// Requests to daemons whose answer is awaited.
+    pub static DAEMON_PENDING: IntGauge = ("reliant_daemon_pending_requests", []);
+    /// A request to a daemon over its stream, by frame and outcome.
+    pub static DAEMON_REQUEST: HistogramVec = ("reliant_daemon_request_seconds", ["frame", "outcome"], HOP_SECONDS);
+    /// Leases refused or lost, because a newer instance or another gateway holds them.
+    pub static LEASE_CONFLICTS: IntCounter = ("reliant_lease_conflicts_total", []);
+    /// Lease renewals of a gateway, by outcome.
+    pub static LEASE_RENEWALS: IntCounterVec = ("reliant_lease_renewals_total", ["outcome"]);
+    /// Reconnects of this daemon.
+    pub static DAEMON_RECONNECTS: IntCounter = ("reliant_daemon_reconnects_total", []);
+    /// Calls in this daemon's journal, by state (running, unacknowledged).
+    pub static JOURNAL_CALLS: IntGaugeVec = ("reliant_journal_calls", ["state"]);
+    /// A synced write of the daemon's journal.
+    pub static JOURNAL_COMMIT: Histogram = ("reliant_journal_commit_seconds", [], HOP_SECONDS);
+
+    // --- queues, relay, tasks, storage
+    /// Entries waiting in a bounded queue, by queue.
+    pub static QUEUE_DEPTH: IntGaugeVec = ("reliant_queue_depth", ["queue"]);
+    /// Entries refused or dropped because a bounded queue was full, by queue.
+    pub static QUEUE_REFUSED: IntCounterVec = ("reliant_queue_refused_total", ["queue"]);
+    /// Chats woken again by the relay, by reason (unseen, stale).
+    pub static RELAY_REWAKES: IntCounterVec = ("reliant_relay_rewakes_total", ["reason"]);
+    /// Wakes of chat workflows, by outcome.
+    pub static WAKES: HistogramVec = ("reliant_wake_seconds", ["outcome"], SECONDS);
+    /// A transaction of the store, by name and outcome.
+    pub static STORE_DURATION: HistogramVec = ("reliant_store_transaction_seconds", ["name", "outcome"], HOP_SECONDS);
+    /// Database connections, by state (idle, used).
+    pub static STORE_CONNECTIONS: IntGaugeVec = ("reliant_store_connections", ["state"]);
+    /// Spans and log records that the collector did not take, by signal (traces, logs).
+    pub static OTLP_LOST: IntCounterVec = ("reliant_otlp_lost_total", ["signal"]);
+    /// Background tasks that ended otherwise than asked, by kind.
+    pub static TASK_FAILURES: IntCounterVec = ("reliant_task_failures_total", ["kind"]);
+}
+
+/// The registry that `/metrics` shows, with every declared metric in it.
+pub fn registry() -> &'static Registry {
+    force();
+    &REGISTRY
+}
+
+/// The text of `/metrics`.
+pub fn render() -> String {
+    let mut text = String::new();
+    if let Err(error) = prometheus::TextEncoder::new().encode_utf8(&registry().gather(), &mut text) {
+        tracing::warn!(%error, "metrics could not be written out");
+    }
+    text
+}
+
+/// The additive phases of a turn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    Accept,
+    Enqueue,
+    Pickup,
+    Context,
+    ModelFirstToken,
+    ModelStream,
+    ApprovalWait,
+    ToolRoute,
+    ToolRun,
+    ToolReturn,
+    Persist,
+    Fanout,
+}
+
+impl Phase {
+    pub const ALL: &'static [Phase] = &[
+        Phase::Accept,
+        Phase::Enqueue,
+        Phase::Pickup,
+        Phase::Context,
+        Phase::ModelFirstToken,
+        Phase::ModelStream,
+        Phase::ApprovalWait,
+        Phase::ToolRoute,
+        Phase::ToolRun,
+        Phase::ToolReturn,
+        Phase::Persist,
+        Phase::Fanout,
+    ];
+
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Phase::Accept => "accept",
+            Phase::Enqueue => "enqueue",
+            Phase::Pickup => "pickup",
+            Phase::Context => "context",
+            Phase::ModelFirstToken => "model_first_token",
+            Phase::ModelStream => "model_stream",
+            Phase::ApprovalWait => "approval_wait",
+            Phase::ToolRoute => "tool_route",
+            Phase::ToolRun => "tool_run",
+            Phase::ToolReturn => "tool_return",
+            Phase::Persist => "persist",
+            Phase::Fanout => "fanout",
+        }
+    }
+
+    pub fn observe(self, time: Duration) {
+        TURN_PHASE.with_label_values(&[self.as_str()]).observe(time.as_secs_f64());
+    }
+}
+
+/// A tool's name as a label: an MCP server may offer 10,000 names, and they all count as one.
+pub fn tool_label(tool: &str) -> &'static str {
+    match tool {
+        "shell" => "shell",
+        "read_file" => "read_file",
+        "write_file" => "write_file",
+        "edit_file" => "edit_file",
+        "list_dir" => "list_dir",
+        "glob" => "glob",
+        "grep" => "grep",
+        _ if tool.starts_with("mcp__") => "mcp",
+        _ => "other",
+    }
+}
+
+/// Times something whose last label is its outcome; see [`guard`].
+#[must_use = "dropping it at once counts a cancelled call"]
+pub struct CallGuard {
+    histogram: &'static HistogramVec,
+    labels: Vec<&'static str>,
+    start: Instant,
+    settled: bool,
+}
+
+/// Starts timing. The histogram's last label is the outcome; `labels` are those before it. Where the guard is dropped
+/// without [`CallGuard::done`], the outcome is "cancelled".
+pub fn guard(histogram: &'static HistogramVec, labels: &[&'static str]) -> CallGuard {
+    CallGuard { histogram, labels: labels.to_vec(), start: Instant::now(), settled: false }
+}
+
+impl CallGuard {
+    pub fn done(mut self, outcome: &'static str) {
+        self.settle(outcome);
+    }
+
+    pub fn elapsed(&self) -> Duration {
+        self.start.elapsed()
+    }
+
+    fn settle(&mut self, outcome: &'static str) {
+        if std::mem::replace(&mut self.settled, true) {
+            return;
+        }
+        self.labels.push(outcome);
+        self.histogram.with_label_values(&self.labels).observe(self.start.elapsed().as_secs_f64());
+    }
+}
+
+impl Drop for CallGuard {
+    fn drop(&mut self) {
+        self.settle("cancelled");
+    }
+}
+
+/// Counts one in a gauge for as long as it lives.
+pub struct GaugeGuard(IntGauge);
+
+pub fn in_flight(gauge: &IntGauge) -> GaugeGuard {
+    gauge.inc();
+    GaugeGuard(gauge.clone())
+}
+
+impl Drop for GaugeGuard {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_declared_metric_registers_and_is_named_well() {
+        registry();
+        let mut names: Vec<_> = DECLARED.iter().map(|metric| metric.name).collect();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), DECLARED.len());
+        for metric in DECLARED {
+            assert_eq!(metric.kind == "counter", metric.name.ends_with("_total"), "{}", metric.name);
+            assert!(metric.kind != "histogram" || metric.name.ends_with("_seconds"), "{}", metric.name);
+            for label in metric.labels {
+                assert!(!label.ends_with("_id") && *label != "user" && *label != "chat", "{}: {label}", metric.name);
+            }
+        }
+    }
+
+    #[test]
+    fn a_dropped_guard_counts_cancelled() {
+        guard(&TURN_STEP, &["test_step"]).done("ok");
+        drop(guard(&TURN_STEP, &["test_step"]));
+        let count = |outcome| TURN_STEP.with_label_values(&["test_step", outcome]).get_sample_count();
+        assert_eq!((count("ok"), count("cancelled")), (1, 1));
+        assert!(render().contains("reliant_turn_step_seconds_count{outcome=\"cancelled\",step=\"test_step\"} 1"));
+    }
+
+    #[test]
+    fn tool_labels_are_bounded() {
+        assert_eq!(tool_label("shell"), "shell");
+        for n in 0..1000 {
+            assert_eq!(tool_label(&format!("mcp__s__{n}")), "mcp");
+            assert_eq!(tool_label(&format!("x{n}")), "other");
+        }
+    }
+}

@@ -1,0 +1,52 @@
+//! Clients that share no code with reliant: Python's grpcio, and a real browser.
+
+use std::{path::Path, process::Stdio};
+
+use anyhow::{Context as _, Result, ensure};
+use reliant_harness::{DaemonOptions, Rig, RigOptions, tools_dir};
+use tokio::{io::AsyncWriteExt as _, process::Command};
+
+const LOGIN_CODE_TTL: std::time::Duration = std::time::Duration::from_secs(600);
+
+fn repository() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).expect("tests/e2e is two levels down")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn python_grpcio_learns_all_by_reflection() -> Result<()> {
+    let rig = Rig::start(RigOptions::default()).await?;
+    let ada = rig.person("ada").await?;
+    let python = Some(tools_dir().join("venv/bin/python")).filter(|path| path.exists());
+    let python = python.context("no Python environment in the tools directory; `make test` makes it")?;
+    let address = rig.mesh.api_url(0).trim_start_matches("http://").to_owned();
+    let mut child = Command::new(python)
+        .arg(repository().join("tests/foreign/grpc_client.py"))
+        .args([&address, "-"])
+        .stdin(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()?;
+    let mut input = child.stdin.take().context("the child has a standard input")?;
+    input.write_all(format!("{}\n", ada.token).as_bytes()).await?;
+    drop(input);
+    ensure!(child.wait().await?.success(), "the foreign client found something wrong");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_browser_signs_in_chats_and_sees_a_tool_run() -> Result<()> {
+    let rig = Rig::start(RigOptions::default()).await?;
+    let ada = rig.person("ada").await?;
+    let _daemon = rig.daemon(&ada, "laptop", DaemonOptions::default()).await?;
+    let code = rig.store.create_login_code(ada.user, LOGIN_CODE_TTL).await?;
+    let url = format!("{}/#code={code}", rig.mesh.api_url(0));
+    let status = Command::new("node")
+        .arg(repository().join("tests/browser/smoke.mjs"))
+        .arg(&url)
+        .arg(rig.dir().join("screenshots"))
+        .kill_on_drop(true)
+        .status()
+        .await
+        .context("node could not be started")?;
+    ensure!(status.success(), "the browser test failed");
+    Ok(())
+}

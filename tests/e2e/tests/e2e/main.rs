@@ -1,0 +1,11 @@
+//! End-to-end tests: real Postgres, NATS, Temporal, and the real roles as processes. One binary, so that the servers
+//! start once.
+
+#![allow(clippy::unwrap_used, reason = "a test may")]
+
+mod bad_input;
+mod foreign;
+mod mcp;
+mod scripts;
+mod tools;
+mod turns;

@@ -1,0 +1,148 @@
+//! Rules of the repository that no compiler knows.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use cargo_metadata::MetadataCommand;
+
+use crate::{cargo, imports};
+
+/// A path in a document that begins with one of these must exist.
+const DOCUMENTED: &[&str] = &[
+    ".ci/",
+    "compose/",
+    "docs/",
+    "loadtest/",
+    "migrations/",
+    "observability/",
+    "proto/",
+    "services/",
+    "shared/",
+    "tests/",
+    "xtask/",
+];
+/// Made by a build or a run, so a document may name them while they are absent.
+const MADE: &[&str] = &["services/web/dist", "services/web/gen", "loadtest/results", "tests/chaos/results"];
+/// Left behind by somebody who meant to come back. Taken apart, so that this file passes.
+const LEFTOVERS: &[&str] =
+    &[concat!("FIX", "ME"), concat!("XX", "X:"), concat!("<<<<", "<<< "), concat!(">>>>", ">>> ")];
+
+pub fn run(root: &Path) -> Result<()> {
+    let mut found = imports::breaches(&members(root)?);
+    let files = tracked(root)?;
+    let is_document = |path: &&PathBuf| path.extension().is_some_and(|extension| extension == "md");
+    for path in files.iter().filter(is_document) {
+        let text = read(root, path)?;
+        let paths = named_paths(&text);
+        found.extend(
+            paths
+                .into_iter()
+                .filter(|named| !exists(root, path, named))
+                .map(|named| format!("{} names {named}, which does not exist", path.display())),
+        );
+    }
+    for path in &files {
+        let Ok(text) = read(root, path) else { continue };
+        found.extend(
+            LEFTOVERS
+                .iter()
+                .filter(|word| text.contains(**word))
+                .map(|word| format!("{} holds '{word}'", path.display())),
+        );
+        if path.ends_with("package-lock.json") && text.contains("\"resolved\"") {
+            found.push(format!(
+                "{} names a registry's host; write it with omit-lockfile-registry-resolved",
+                path.display()
+            ));
+        }
+    }
+    if found.is_empty() {
+        println!("checked: import directions, paths in documents, lock files, leftovers in {} files", files.len());
+        return Ok(());
+    }
+    bail!("{} rules are broken:\n  {}", found.len(), found.join("\n  "))
+}
+
+fn members(root: &Path) -> Result<BTreeMap<String, Vec<String>>> {
+    let metadata = MetadataCommand::new()
+        .cargo_path(cargo())
+        .current_dir(root)
+        .no_deps()
+        .other_options(["--offline".to_owned()])
+        .exec()
+        .context("cargo metadata failed")?;
+    let packages = metadata.packages.into_iter().map(|package| {
+        let mut dependencies: Vec<String> =
+            package.dependencies.into_iter().map(|dependency| dependency.name).collect();
+        dependencies.sort();
+        dependencies.dedup();
+        (package.name.to_string(), dependencies)
+    });
+    Ok(packages.collect())
+}
+
+/// What git keeps or would keep.
+fn tracked(root: &Path) -> Result<Vec<PathBuf>> {
+    let output = Command::new("git")
+        .args(["ls-files", "--cached", "--others", "--exclude-standard", "-z"])
+        .current_dir(root)
+        .output()
+        .context("git was not found; install it")?;
+    ensure!(output.status.success(), "git ls-files failed: {}", String::from_utf8_lossy(&output.stderr).trim());
+    let text = String::from_utf8(output.stdout).context("a file's name is not UTF-8")?;
+    let paths = text.split('\0').filter(|path| !path.is_empty()).map(PathBuf::from);
+    Ok(paths.filter(|path| root.join(path).is_file()).collect())
+}
+
+fn read(root: &Path, path: &Path) -> Result<String> {
+    fs::read_to_string(root.join(path)).with_context(|| format!("could not read {}", path.display()))
+}
+
+/// Words that look like paths of this repository.
+fn named_paths(text: &str) -> Vec<String> {
+    let part_of_path = |c: char| c.is_ascii_alphanumeric() || "/._-*".contains(c);
+    let mut named: Vec<String> = text
+        .split(|c: char| !part_of_path(c))
+        .map(|word| word.trim_start_matches("./").trim_end_matches(['.', '/', '-']))
+        .filter(|word| DOCUMENTED.iter().any(|start| word.starts_with(start)) && !word.contains('*'))
+        .map(str::to_owned)
+        .collect();
+    named.sort();
+    named.dedup();
+    named
+}
+
+/// From the root, or beside the document that names it.
+fn exists(root: &Path, document: &Path, named: &str) -> bool {
+    let beside = document.parent().map(|dir| root.join(dir).join(named));
+    MADE.iter().any(|made| named.starts_with(made))
+        || root.join(named).exists()
+        || beside.is_some_and(|path| path.exists())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_are_found_in_prose() {
+        let text =
+            "See `shared/types/src/limits.rs`, docs/adr/, (tests/e2e) and services/*; not a/b or https://x/docs/y.";
+        assert_eq!(named_paths(text), ["docs/adr", "shared/types/src/limits.rs", "tests/e2e"]);
+    }
+
+    #[test]
+    fn a_document_may_name_what_is_beside_it_or_made() {
+        let root = tempfile::tempdir().unwrap();
+        fs::create_dir_all(root.path().join("a/docs")).unwrap();
+        fs::write(root.path().join("a/docs/x.md"), "").unwrap();
+        assert!(exists(root.path(), Path::new("a/README.md"), "docs/x.md"));
+        assert!(exists(root.path(), Path::new("README.md"), "loadtest/results/latest.json"));
+        assert!(!exists(root.path(), Path::new("README.md"), "docs/x.md"));
+    }
+}
