@@ -32,7 +32,10 @@ pub fn serve<B>(request: &Request<B>) -> Response<Body> {
         Method::GET => false,
         Method::HEAD => true,
         _ => {
-            return plain(StatusCode::METHOD_NOT_ALLOWED, "This address takes GET. The api speaks gRPC and gRPC-web.\n");
+            return plain(
+                StatusCode::METHOD_NOT_ALLOWED,
+                "This address takes GET. The api speaks gRPC and gRPC-web.\n",
+            );
         }
     };
     let path = match request.uri().path().trim_start_matches('/') {

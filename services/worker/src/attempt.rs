@@ -8,7 +8,7 @@ use reliant_models::{BlockKind, ModelError, ModelRequest, ModelStream, ToolSpec,
 use reliant_runtime::Backoff;
 use reliant_store::{Attempt, CommitOutcome, NewAssistant, NewBlock, NewCall};
 use reliant_telemetry::{TraceContext, metrics::Phase};
-use reliant_types::{Code, Failure, limits, pb};
+use reliant_types::{Code, Failure, ToolCallId, limits, pb};
 use tokio::time::Instant;
 
 use crate::{
@@ -29,7 +29,10 @@ const HISTORY_CUT: &str =
     "This chat is very long, so the model reads only its newer messages. The chat itself is kept whole.";
 
 pub enum End {
-    Committed,
+    /// With the calls to send, where all of the message's calls may be sent at once.
+    Committed {
+        ready: Vec<ToolCallId>,
+    },
     /// Somebody else has the turn, or it was cancelled.
     Lost,
     /// Pieces were seen, then the provider broke off: again, under a new fence.
@@ -243,8 +246,24 @@ async fn commit(
     let fenced = matches!(committed.value, CommitOutcome::Fenced);
     void.keep = !fenced;
     drop(void);
+    let ready = ready_calls(&committed.events);
     engine.tell_with(committed, false);
-    Ok(if fenced { End::Lost } else { End::Committed })
+    Ok(if fenced { End::Lost } else { End::Committed { ready } })
+}
+
+/// The calls born in a commit; none where one of them waits for a person.
+fn ready_calls(events: &[pb::ChatEvent]) -> Vec<ToolCallId> {
+    let mut ready = Vec::new();
+    for event in events {
+        let Some(pb::chat_event::Kind::ToolCallChanged(changed)) = &event.kind else { continue };
+        let Some(call) = &changed.tool_call else { continue };
+        match (call.status(), call.id.parse()) {
+            (pb::ToolCallStatus::Pending, Ok(id)) => ready.push(id),
+            (pb::ToolCallStatus::WaitingApproval, _) => return Vec::new(),
+            _ => {}
+        }
+    }
+    ready
 }
 
 /// Splits the answer into what is stored as text and what is stored as calls, and judges the calls.

@@ -74,6 +74,18 @@ impl Engine {
         Ok(step)
     }
 
+    /// Marks what the chat wanted as seen, behind the caller's back: the caller looks for itself, and again at its end.
+    pub fn look(self: &Arc<Self>, chat: ChatId) {
+        let Ok(place) = self.errands.clone().try_acquire_owned() else { return };
+        let engine = self.clone();
+        tokio::spawn(async move {
+            let _place = place;
+            if let Err(error) = engine.next_step(chat).await {
+                tracing::debug!(%error, chat.id = %chat, "a chat was not looked at; the relay wakes it");
+            }
+        });
+    }
+
     /// Tells viewers of a commit, and wakes the chat where there is something to do.
     pub fn tell<T>(self: &Arc<Self>, committed: Committed<T>) {
         self.tell_with(committed, true);

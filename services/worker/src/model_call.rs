@@ -12,7 +12,7 @@ use reliant_telemetry::{
     TraceContext,
     metrics::{self, Phase},
 };
-use reliant_types::{Code, Failure, TurnId, pb};
+use reliant_types::{Code, Failure, ToolCallId, TurnId, pb};
 use tokio::time::Instant;
 use tracing::Instrument;
 
@@ -20,6 +20,7 @@ use crate::{
     attempt::{self, End},
     dispatch::{self, Sent},
     engine::{Engine, EngineError, between},
+    rounds::Waited,
 };
 
 /// Attempts of one round that broke after their first piece; before it the provider's own policy counts.
@@ -27,7 +28,9 @@ const BROKEN_MAX: u32 = 8;
 const BACKOFF_MIN: Duration = Duration::from_millis(250);
 const BACKOFF_MAX: Duration = Duration::from_secs(20);
 
-/// Runs the ordered round, and those after it whose tools answer at once. Returns what is next.
+/// Runs the ordered round, and those after it whose tools answer at once. Returns what is next, as Postgres says it.
+///
+/// On that short way nothing is asked in between: a dispatch and a claim check for themselves that they are still due.
 pub async fn call_model(
     engine: &Arc<Engine>,
     order: ModelOrder,
@@ -36,28 +39,35 @@ pub async fn call_model(
 ) -> Result<Step, EngineError> {
     let ModelOrder { chat, turn, mut iteration, .. } = order;
     loop {
-        round(engine, turn, iteration, heart, trace).await?;
-        let mut next = engine.next_step(chat).await?;
-        if let Step::Dispatch { turn: of, calls } = &next
-            && *of == turn
-            && goes_on(engine, heart)
-        {
+        let ready = round(engine, turn, iteration, heart, trace).await?;
+        let waited = if ready.is_empty() || !goes_on(engine, heart) {
+            Waited::Some
+        } else {
             let span = tracing::info_span!("turn.dispatch", chat.id = %chat, turn.id = %turn);
             trace.set_parent(&span);
-            let waiting = engine.rounds.open(calls);
-            next = match dispatch::send_all(engine, calls).instrument(span).await? {
+            let waiting = engine.rounds.open(&ready);
+            match dispatch::send_all(engine, &ready).instrument(span).await? {
+                Sent::Taken => waiting.wait(engine.inline_wait).await,
+                Sent::Changed => Waited::Some,
                 Sent::Unclear => return Ok(dispatch::look_again(turn)),
-                Sent::Taken if !waiting.wait(engine.inline_wait).await => return Ok(Step::Wait { turn, for_ms: None }),
-                Sent::Taken | Sent::Changed => engine.next_step(chat).await?,
-            };
-        }
-        match next {
-            Step::CallModel { turn: of, iteration: after }
-                if of == turn && after > iteration && goes_on(engine, heart) =>
-            {
-                iteration = after;
             }
-            next => return Ok(next),
+        };
+        match waited {
+            Waited::All if goes_on(engine, heart) => {
+                // Nobody else says to the relay that these results were seen.
+                engine.look(chat);
+                iteration += 1;
+            }
+            Waited::None => return Ok(Step::Wait { turn, for_ms: None }),
+            Waited::All | Waited::Some => match engine.next_step(chat).await? {
+                // None of the calls was to run.
+                Step::CallModel { turn: of, iteration: after }
+                    if of == turn && after > iteration && goes_on(engine, heart) =>
+                {
+                    iteration = after;
+                }
+                next => return Ok(next),
+            },
         }
     }
 }
@@ -67,25 +77,26 @@ fn goes_on(engine: &Engine, heart: &Heart) -> bool {
     !engine.inline_wait.is_zero() && !engine.draining.is_cancelled() && !heart.stop.is_cancelled()
 }
 
-/// Attempts the round until its message is committed, its turn has ended, or somebody else has taken it.
+/// Attempts the round until its message is committed, its turn has ended, or somebody else has taken it. Gives the calls
+/// that are to be sent.
 async fn round(
     engine: &Arc<Engine>,
     turn: TurnId,
     iteration: i32,
     heart: &Heart,
     trace: &TraceContext,
-) -> Result<(), EngineError> {
+) -> Result<Vec<ToolCallId>, EngineError> {
     let mut backoff = Backoff::new(BACKOFF_MIN, BACKOFF_MAX);
     let mut broken = 0;
     loop {
         let mut claimed = match engine.store.claim_attempt(turn, iteration, engine.instance).await {
             Ok(claimed) => claimed,
-            Err(StoreError::NotFound { .. }) => return Ok(()),
+            Err(StoreError::NotFound { .. }) => return Ok(Vec::new()),
             Err(error) => return Err(error.into()),
         };
         let Claim::Claimed(attempt) = std::mem::replace(&mut claimed.value, Claim::Stale) else {
             engine.tell_with(claimed, false);
-            return Ok(());
+            return Ok(Vec::new());
         };
         let span = tracing::info_span!(
             "turn.round",
@@ -106,7 +117,8 @@ async fn round(
         let (turn, fence) = (attempt.turn, attempt.fence);
         let end = attempt::run(engine, *attempt, heart, deadline).instrument(span.clone()).await;
         let failure = match end {
-            Ok(End::Committed | End::Lost) => return Ok(()),
+            Ok(End::Committed { ready }) => return Ok(ready),
+            Ok(End::Lost) => return Ok(Vec::new()),
             Ok(End::Failed(failure)) => failure,
             Ok(End::Broken(error)) if broken < BROKEN_MAX => {
                 broken += 1;
@@ -127,7 +139,7 @@ async fn round(
         };
         let failed = engine.store.fail_turn(turn, Some(fence), &failure).instrument(span.clone()).await?;
         span.in_scope(|| engine.tell_with(failed, false));
-        return Ok(());
+        return Ok(Vec::new());
     }
 }
 

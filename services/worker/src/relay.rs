@@ -12,13 +12,14 @@ const UNSEEN_INTERVAL: Duration = Duration::from_secs(1);
 const UNSEEN_AGE: Duration = Duration::from_secs(2);
 const STALE_INTERVAL: Duration = Duration::from_secs(30);
 const CANCEL_INTERVAL: Duration = Duration::from_secs(2);
+const LEASE_INTERVAL: Duration = Duration::from_secs(3);
 /// Chats woken in one round.
 const BATCH: i64 = 200;
 /// Signals under way at one time.
 const PARALLEL: usize = 16;
 
 pub async fn run(engine: Arc<Engine>) {
-    tokio::join!(unseen(&engine), stale(&engine), cancels(&engine));
+    tokio::join!(unseen(&engine), stale(&engine), cancels(&engine), leases(&engine));
 }
 
 async fn unseen(engine: &Arc<Engine>) {
@@ -54,6 +55,18 @@ async fn cancels(engine: &Arc<Engine>) {
                 futures::stream::iter(calls).for_each_concurrent(PARALLEL, send).await;
             }
             Err(error) => tracing::debug!(%error, "the relay could not look for cancels"),
+        }
+    }
+}
+
+/// Daemons whose gateway died with their stream: nobody else tells their people that they are away.
+async fn leases(engine: &Arc<Engine>) {
+    let mut tick = ticker(LEASE_INTERVAL);
+    loop {
+        tick.tick().await;
+        match engine.store.expired_leases(BATCH).await {
+            Ok(expired) => expired.into_iter().for_each(|committed| engine.tell(committed)),
+            Err(error) => tracing::debug!(%error, "the relay could not look for expired leases"),
         }
     }
 }

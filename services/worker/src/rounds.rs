@@ -85,6 +85,16 @@ impl Rounds {
     }
 }
 
+/// What a wait has seen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Waited {
+    /// Every call has settled.
+    All,
+    /// Some have: Postgres must be asked, since no wake will come for them.
+    Some,
+    None,
+}
+
 /// A wait for results of some calls.
 pub struct Round {
     rounds: Arc<Rounds>,
@@ -93,18 +103,18 @@ pub struct Round {
 }
 
 impl Round {
-    /// Returns when every call has settled, or after `limit`. Says whether any has: then Postgres must be asked, since
-    /// no wake will come for it.
-    pub async fn wait(self, limit: Duration) -> bool {
+    /// Returns when every call has settled, or after `limit`.
+    pub async fn wait(self, limit: Duration) -> Waited {
         let deadline = tokio::time::Instant::now() + limit;
-        loop {
-            let settled = self.count();
-            if settled == self.calls.len() {
-                return true;
-            }
+        while self.count() < self.calls.len() {
             if tokio::time::timeout_at(deadline, self.notify.notified()).await.is_err() {
-                return self.close() > 0;
+                break;
             }
+        }
+        match self.close() {
+            0 => Waited::None,
+            settled if settled == self.calls.len() => Waited::All,
+            _ => Waited::Some,
         }
     }
 
@@ -148,7 +158,7 @@ mod tests {
         let round = rounds.open(&calls);
         assert!(rounds.settle(calls[0]).awaited);
         assert!(rounds.settle(calls[1]).awaited);
-        assert!(round.wait(Duration::from_secs(1)).await);
+        assert_eq!(round.wait(Duration::from_secs(1)).await, Waited::All);
         assert!(rounds.calls.lock().is_empty());
     }
 
@@ -156,7 +166,7 @@ mod tests {
     async fn a_late_result_is_woken_for() {
         let rounds = Arc::new(Rounds::default());
         let call = ToolCallId::new();
-        assert!(!rounds.open(&[call]).wait(Duration::from_millis(5)).await);
+        assert_eq!(rounds.open(&[call]).wait(Duration::from_millis(5)).await, Waited::None);
         let settled = rounds.settle(call);
         assert!(!settled.awaited && settled.round_trip.is_some());
         assert_eq!(rounds.settle(call), Settled::default());
@@ -168,7 +178,7 @@ mod tests {
         let calls = [ToolCallId::new(), ToolCallId::new()];
         let round = rounds.open(&calls);
         rounds.settle(calls[1]);
-        assert!(round.wait(Duration::from_millis(5)).await);
+        assert_eq!(round.wait(Duration::from_millis(5)).await, Waited::Some);
         assert!(!rounds.settle(calls[0]).awaited);
     }
 

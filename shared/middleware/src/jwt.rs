@@ -101,7 +101,17 @@ impl Jwt {
 
     /// A token for `subject`, and when it expires.
     pub fn sign(&self, subject: &str, valid_for: Duration) -> Result<(String, SystemTime), JwtError> {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        self.sign_at(subject, SystemTime::now(), valid_for)
+    }
+
+    /// [`Self::sign`], as if at another time.
+    pub fn sign_at(
+        &self,
+        subject: &str,
+        now: SystemTime,
+        valid_for: Duration,
+    ) -> Result<(String, SystemTime), JwtError> {
+        let now = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         let claims = Claims {
             sub: subject.to_owned(),
             iss: ISSUER.to_owned(),

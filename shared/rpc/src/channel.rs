@@ -5,6 +5,10 @@ use tonic::transport::{Channel, Endpoint};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const KEEPALIVE: Duration = Duration::from_secs(5);
+const STREAM_WINDOW_BYTES: u32 = 1024 * 1024;
+/// Fixed, not adaptive: h2 closes a connection on which more small frames wait unread than half its window stands for,
+/// and an adaptive window begins at 64 KiB. Some hundred update streams of one client would be cut by their first deltas.
+const CONNECTION_WINDOW_BYTES: u32 = 16 * 1024 * 1024;
 
 #[derive(Debug, thiserror::Error)]
 pub enum RpcError {
@@ -51,7 +55,8 @@ pub fn endpoint(address: &str) -> Result<Endpoint, RpcError> {
         .http2_keep_alive_interval(KEEPALIVE)
         .keep_alive_timeout(KEEPALIVE)
         .keep_alive_while_idle(true)
-        .http2_adaptive_window(true)
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .tcp_nodelay(true))
 }
 

@@ -313,7 +313,11 @@ impl Store {
             let rows = sqlx::query!(
                 r#"WITH waiting AS (
                        SELECT id FROM chats
-                       WHERE id IN (SELECT chat_id FROM tool_calls WHERE daemon_id = $1 AND ended_at IS NULL)
+                       WHERE id IN (SELECT chat_id FROM tool_calls WHERE daemon_id = $1 AND ended_at IS NULL
+                                    UNION ALL
+                                    -- A call that was never sent goes to the chat's daemon, whatever it was told before.
+                                    SELECT k.chat_id FROM tool_calls k JOIN chats o ON o.id = k.chat_id
+                                    WHERE k.ended_at IS NULL AND k.sent = 0 AND o.daemon_id = $1)
                        ORDER BY id FOR NO KEY UPDATE
                    )
                    UPDATE chats c SET wanted = wanted + 1, wanted_at = now() FROM waiting WHERE c.id = waiting.id

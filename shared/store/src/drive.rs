@@ -231,5 +231,19 @@ async fn set_status(tx: &mut ChatTx, turn: TurnId, status: pb::TurnStatus) -> Re
     if let Some(row) = row {
         tx.event(Kind::TurnChanged(row.to_pb()));
     }
+    if status == pb::TurnStatus::WaitingDaemon {
+        let daemon = tx.chat.daemon_id;
+        let mut waiting = calls!(
+            UPDATE "status = 'waiting_daemon', daemon_id = $2" WHERE "c.turn_id = $1 AND c.status = 'pending' AND c.sent = 0",
+            turn.0,
+            daemon,
+        )
+        .fetch_all(tx.conn())
+        .await?;
+        waiting.sort_by_key(|call| call.index);
+        for call in waiting {
+            tx.event(Kind::ToolCallChanged(call.changed()));
+        }
+    }
     Ok(())
 }

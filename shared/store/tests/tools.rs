@@ -132,6 +132,21 @@ async fn a_call_waits_for_an_away_daemon() {
 }
 
 #[tokio::test]
+async fn a_call_that_nobody_tried_to_send_is_found_when_its_daemon_comes() {
+    let mut world = World::new().await;
+    let (turn, calls) = world.asked(vec![call(0, "shell")]).await;
+    world.daemon_goes().await;
+    assert!(matches!(world.step().await, Step::Wait { .. }));
+    assert_eq!(world.turn_status(turn).await, pb::TurnStatus::WaitingDaemon);
+    assert_eq!(world.call_status(turn).await, Status::WaitingDaemon);
+    world.daemon_comes(world.journal).await;
+    let woken = world.store().daemon_back(world.daemon).await.unwrap();
+    assert_eq!(woken.iter().map(|it| it.wake.as_ref().unwrap().chat).collect::<Vec<_>>(), [world.chat]);
+    assert_eq!(world.step().await, Step::Dispatch { turn, calls });
+    assert!(world.store().daemon_back(DaemonId::new()).await.unwrap().is_empty());
+}
+
+#[tokio::test]
 async fn a_lost_journal_makes_sent_calls_unknown_or_repeats_them() {
     let mut world = World::new().await;
     let repeatable = NewCall { repeatable: true, read_only: true, ..call(1, "glob") };

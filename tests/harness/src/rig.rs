@@ -182,7 +182,8 @@ impl Rig {
 
     /// A token of `name` that stopped being valid.
     pub fn expired_token(&self, name: &str) -> Result<String> {
-        Ok(self.jwt.sign(&format!("{name}@test"), Duration::ZERO)?.0)
+        let long_ago = std::time::SystemTime::now() - 2 * TOKEN_TTL;
+        Ok(self.jwt.sign_at(&format!("{name}@test"), long_ago, TOKEN_TTL)?.0)
     }
 
     /// Registers and starts a daemon of `person`, and waits until it is connected with its tools.

@@ -83,20 +83,26 @@ impl<K: Copy + Eq + Hash> Table<K> {
         key: K,
         start: impl FnOnce(Station<K>, mpsc::Receiver<Command>),
     ) -> Result<Lease, Failure> {
-        let (lease, mut ready) = {
+        let (lease, mut ready, fresh) = {
             let mut entries = self.0.lock();
+            let mut fresh = None;
             if entries.get(&key).is_none_or(|entry| entry.commands.is_closed()) {
                 let (commands, receiver) = mpsc::channel(COMMANDS_MAX);
                 let (sender, ready) = watch::channel(None);
                 let (seq, count) = (Arc::new(AtomicI64::new(i64::MAX)), Arc::<Count>::default());
                 let entry = Entry { commands, seq: seq.clone(), ready, count: count.clone() };
                 entries.insert(key, entry);
-                start(Station { key, seq, ready: sender, count, table: self.clone() }, receiver);
+                fresh = Some((Station { key, seq, ready: sender, count, table: self.clone() }, receiver));
             }
             let entry = &entries[&key];
             entry.count.leases.fetch_add(1, Ordering::Relaxed);
-            (Lease { commands: entry.commands.clone(), count: entry.count.clone() }, entry.ready.clone())
+            let lease = Lease { commands: entry.commands.clone(), count: entry.count.clone() };
+            (lease, entry.ready.clone(), fresh)
         };
+        // Not under the lock, which a station takes when it is dropped.
+        if let Some((station, commands)) = fresh {
+            start(station, commands);
+        }
         let outcome = match ready.wait_for(Option::is_some).await {
             Ok(outcome) => outcome.clone(),
             Err(_) => None,

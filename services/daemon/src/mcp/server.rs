@@ -124,11 +124,12 @@ impl Server {
 
     /// The connection, once there is one.
     pub async fn connection(&self) -> Option<Connection> {
+        let good = |c: &Option<Connection>| c.as_ref().is_some_and(|c| !c.broken.is_cancelled());
         let mut connection = self.connection.subscribe();
-        if connection.borrow().is_none() {
+        if !good(&connection.borrow()) {
             self.wanted.notify_one();
         }
-        let up = tokio::time::timeout(UP_WAIT, connection.wait_for(Option::is_some)).await;
+        let up = tokio::time::timeout(UP_WAIT, connection.wait_for(good)).await;
         up.ok()?.ok()?.clone()
     }
 

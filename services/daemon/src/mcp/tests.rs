@@ -198,6 +198,7 @@ async fn a_server_over_http_is_called_and_its_death_is_told_as_it_is() {
     server.wait().await.unwrap();
     // It is gone: nothing is run, and that is certain.
     let gone = world.fixture.run_for("mcp__s__echo", json!({}), Duration::from_secs(30)).await;
-    assert_eq!((gone.status, gone.code), (pb::ToolCallStatus::Failed, Some(Code::McpServerFailed)));
+    let text = String::from_utf8_lossy(&gone.content);
+    assert_eq!((gone.status, gone.code), (pb::ToolCallStatus::Failed, Some(Code::McpServerFailed)), "{text}");
     world.end().await;
 }

@@ -34,7 +34,9 @@ async fn python_grpcio_learns_all_by_reflection() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_browser_signs_in_chats_and_sees_a_tool_run() -> Result<()> {
-    let rig = Rig::start(RigOptions::default()).await?;
+    // Slow enough that a person, and the test, sees the text grow.
+    let config = "[models]\ndefault = \"sim/default?rate=60\"\n".to_owned();
+    let rig = Rig::start(RigOptions { config, ..Default::default() }).await?;
     let ada = rig.person("ada").await?;
     let _daemon = rig.daemon(&ada, "laptop", DaemonOptions::default()).await?;
     let code = rig.store.create_login_code(ada.user, LOGIN_CODE_TTL).await?;

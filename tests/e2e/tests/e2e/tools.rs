@@ -90,7 +90,7 @@ async fn huge_and_broken_output_is_cut_and_never_lost_silently() -> Result<()> {
     assert!(call.result.contains("bytes"), "{:?}", call.result);
     let call = desk.call("shell", json!({ "command": "exit 3" })).await?;
     assert_eq!(call.exit_code, Some(3), "{call:?}");
-    let call = desk.call("shell", json!({ "command": "sleep 60", "timeout_ms": 300 })).await?;
+    let call = desk.call("shell", json!({ "command": "sleep 60", "timeout_seconds": 1 })).await?;
     assert_eq!(call.status(), pb::ToolCallStatus::TimedOut, "{call:?}");
     Ok(())
 }

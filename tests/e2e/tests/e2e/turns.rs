@@ -152,7 +152,7 @@ async fn a_cancel_ends_the_turn_and_the_process_at_once() -> Result<()> {
     let daemon = rig.daemon(&ada, "laptop", DaemonOptions::default()).await?;
     let mut session = session(&ada, MODEL, pb::ChatMode::Auto).await?;
     let command = "echo $$ > pid; sleep 300";
-    let sent = session.send(&one_call("shell", json!({ "command": command, "timeout_ms": 600_000 }))).await?;
+    let sent = session.send(&one_call("shell", json!({ "command": command, "timeout_seconds": 600 }))).await?;
     let turn: TurnId = sent.turn.unwrap().id.parse()?;
     let pid = eventually("the command's pid", PATIENCE, || async {
         Ok(std::fs::read_to_string(daemon.root.join("pid")).ok().filter(|text| text.ends_with('\n')))

@@ -1,0 +1,423 @@
+//! The live feed over real Postgres and NATS, with this test in the place of the worker: its hints and pieces are lost,
+//! late and repeated as it likes, and every viewer must still see everything once and in order.
+
+use std::{
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result};
+use futures::StreamExt as _;
+use reliant_api::{ApiConfig, ApiDeps};
+use reliant_bus::{Bus, BusConfig, PrefixSubject, UpdateSubject};
+use reliant_client::{From, View};
+use reliant_devstack::{Placement, Stack, StackConfig};
+use reliant_flows::{Flows, FlowsConfig};
+use reliant_middleware::Jwt;
+use reliant_models::{Models, ModelsConfig, ProviderConfig, ProviderKind};
+use reliant_rpc as rpc;
+use reliant_runtime::{Drain, Role as _};
+use reliant_store::{Claim, Committed, NewAssistant, NewBlock, Store, StoreConfig};
+use reliant_types::{ChatId, Code, InstanceId, MessageId, Secret, TurnId, UserId, limits, pb};
+use tonic::{Request, Streaming, transport::Channel};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+const MODEL: &str = "sim/text";
+
+/// One api in this process, on servers of its own.
+struct Bench {
+    _stack: Stack,
+    _dir: tempfile::TempDir,
+    store: Store,
+    bus: Bus,
+    jwt: Jwt,
+    drain: Drain,
+    url: String,
+}
+
+struct Person {
+    user: UserId,
+    token: String,
+    channel: Channel,
+}
+
+impl Bench {
+    async fn start() -> Result<Self> {
+        let dir = tempfile::TempDir::with_prefix("reliant-live-feed-")?;
+        // Temporal is away: what is accepted is accepted all the same.
+        let stack =
+            Stack::start(StackConfig { temporal: Placement::Off, ..StackConfig::for_tests(dir.path()) }).await?;
+        let url = stack.create_database("feed").await?;
+        let store = Store::connect(&StoreConfig { url, max_connections: 8, ..StoreConfig::default() }).await?;
+        store.migrate().await?;
+        let bus = Bus::connect(&BusConfig { url: stack.nats_url.clone(), ..BusConfig::default() }).await?;
+        let jwt = Jwt::from_pem(&Jwt::generate_pem())?;
+        let provider = ProviderConfig::new("sim", ProviderKind::OpenAi, "http://127.0.0.1:9/v1", Secret::default());
+        let models = ModelsConfig { providers: vec![provider], default: MODEL.into(), ..ModelsConfig::default() };
+        let flows = FlowsConfig { address: "http://127.0.0.1:9".into(), ..FlowsConfig::default() };
+        let deps = ApiDeps {
+            store: store.clone(),
+            bus: Bus::connect(&BusConfig { url: stack.nats_url.clone(), ..BusConfig::default() }).await?,
+            flows: Flows::connect(&flows).await?,
+            models: Models::new(models)?,
+            jwt: jwt.clone(),
+            instance: InstanceId::new(),
+        };
+        let any = "127.0.0.1:0".parse()?;
+        let config = ApiConfig { listen: any, admin: any, ..ApiConfig::default() };
+        let api = reliant_api::build(config, deps).await?;
+        let url = api.public_url();
+        let drain = Drain::new();
+        tokio::spawn(api.run(drain.clone()));
+        Ok(Self { _stack: stack, _dir: dir, store, bus, jwt, drain, url })
+    }
+
+    async fn person(&self, name: &str) -> Result<Person> {
+        let user = self.store.ensure_user(name, name, "member").await?.id;
+        let (token, _) = self.jwt.sign(name, Duration::from_secs(600))?;
+        Ok(Person { user, token, channel: rpc::channel(&self.url).await? })
+    }
+
+    async fn hint<T>(&self, chat: ChatId, committed: Committed<T>) -> Result<T> {
+        let update = pb::ChatUpdate { events: committed.events, ..Default::default() };
+        self.bus.publish(&UpdateSubject { user: committed.user, chat }, &update).await?;
+        Ok(committed.value)
+    }
+}
+
+impl Person {
+    fn ask<T>(&self, message: T) -> Request<T> {
+        let mut request = Request::new(message);
+        assert!(rpc::authorize(&mut request, &self.token));
+        request
+    }
+
+    async fn chat(&self) -> Result<ChatId> {
+        let mut chats = rpc::chat_service_client::ChatServiceClient::new(self.channel.clone());
+        let request = pb::CreateChatRequest { title: "test".into(), model: MODEL.into(), ..Default::default() };
+        let made = chats.create_chat(self.ask(request)).await?.into_inner();
+        Ok(made.chat.context("no chat")?.id.parse()?)
+    }
+
+    async fn send(&self, chat: ChatId, text: &str) -> Result<TurnId, tonic::Status> {
+        let mut messages = rpc::message_service_client::MessageServiceClient::new(self.channel.clone())
+            .max_encoding_message_size(usize::MAX);
+        let request = pb::SendMessageRequest {
+            chat_id: chat.to_string(),
+            client_message_id: uuid::Uuid::now_v7().to_string(),
+            text: text.into(),
+        };
+        let sent = messages.send_message(self.ask(request)).await?.into_inner();
+        Ok(sent.turn.and_then(|turn| turn.id.parse().ok()).expect("a turn with an id"))
+    }
+
+    async fn subscribe(
+        &self,
+        request: pb::SubscribeRequest,
+    ) -> Result<Streaming<pb::SubscribeResponse>, tonic::Status> {
+        let mut updates = rpc::update_service_client::UpdateServiceClient::new(self.channel.clone());
+        Ok(updates.subscribe(self.ask(request)).await?.into_inner())
+    }
+
+    async fn view(&self, chat: ChatId, from: From) -> Result<Viewer> {
+        let mut view = View::new();
+        view.follow(chat, from);
+        let stream = self.subscribe(view.begin_stream()).await?;
+        Ok(Viewer { chat, view, stream })
+    }
+}
+
+/// A viewer whose every update is checked.
+struct Viewer {
+    chat: ChatId,
+    view: View,
+    stream: Streaming<pb::SubscribeResponse>,
+}
+
+impl Viewer {
+    async fn until(&mut self, what: &str, done: impl Fn(&View) -> bool) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        while !done(&self.view) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let next = tokio::time::timeout(left, self.stream.next()).await;
+            let update = next.with_context(|| format!("waited for {what}: {:?}", self.view.verification()))?;
+            let applied = self.view.apply(update.context("the stream ended")??);
+            anyhow::ensure!(!applied.heal, "a hole: {:?}", self.view.verification());
+        }
+        anyhow::ensure!(self.view.verification().is_clean(), "{what}: {:?}", self.view.verification());
+        Ok(())
+    }
+
+    async fn seq(&mut self, seq: i64) -> Result<()> {
+        let chat = self.chat;
+        self.until("an event", |view| view.chat(chat).and_then(|chat| chat.last_seq) >= Some(seq)).await
+    }
+
+    /// Until the one live text has so many bytes.
+    async fn live(&mut self, bytes: usize) -> Result<()> {
+        let chat = self.chat;
+        self.until("live text", |view| {
+            view.chat(chat).is_some_and(|chat| chat.live().values().any(|block| block.bytes.len() >= bytes))
+        })
+        .await
+    }
+}
+
+/// A model's message as a worker writes it; answers refills.
+struct Producer {
+    user: UserId,
+    chat: ChatId,
+    turn: TurnId,
+    message: MessageId,
+    fence: i64,
+    text: Arc<Mutex<String>>,
+    refills: Arc<Mutex<usize>>,
+}
+
+impl Producer {
+    async fn start(bench: &Bench, person: &Person, chat: ChatId, turn: TurnId) -> Result<Self> {
+        let instance = InstanceId::new();
+        let mut requests = bench.bus.subscribe(&PrefixSubject { producer: instance.into() }).await?;
+        bench.bus.flush().await;
+        // As the worker does: queued turns become running ones first.
+        let stepped = bench.store.next_step(chat).await?;
+        bench.hint(chat, stepped).await?;
+        let claim = bench.store.claim_attempt(turn, 0, instance).await?;
+        let Claim::Claimed(attempt) = bench.hint(chat, claim).await? else { anyhow::bail!("not claimed") };
+        let text = Arc::<Mutex<String>>::default();
+        let refills = Arc::<Mutex<usize>>::default();
+        let producer = Self {
+            user: person.user,
+            chat,
+            turn,
+            message: attempt.message,
+            fence: attempt.fence,
+            text: text.clone(),
+            refills: refills.clone(),
+        };
+        let (bus, message, epoch) = (bench.bus.clone(), attempt.message, attempt.fence);
+        tokio::spawn(async move {
+            while let Some(request) = requests.next().await {
+                *refills.lock().unwrap() += 1;
+                let from = if request.message.block < 0 { 0 } else { request.message.from_offset as usize };
+                let piece = text.lock().unwrap()[from..].to_owned();
+                let deltas = vec![delta(chat, message, epoch, from, &piece)];
+                let _ = request.reply(&bus, &pb::PrefixReply { found: true, deltas }).await;
+            }
+        });
+        Ok(producer)
+    }
+
+    /// Writes a piece; `heard`: how often its hint arrives.
+    async fn write(&self, bench: &Bench, piece: &str, heard: usize) -> Result<()> {
+        let offset = {
+            let mut text = self.text.lock().unwrap();
+            let offset = text.len();
+            text.push_str(piece);
+            offset
+        };
+        let deltas = vec![delta(self.chat, self.message, self.fence, offset, piece)];
+        let update = pb::ChatUpdate { deltas, ..Default::default() };
+        for _ in 0..heard {
+            bench.bus.publish(&UpdateSubject { user: self.user, chat: self.chat }, &update).await?;
+        }
+        Ok(())
+    }
+
+    async fn lengths(&self, bench: &Bench) -> Result<()> {
+        let length = pb::BlockLength {
+            chat_id: self.chat.to_string(),
+            block: Some(block(self.message)),
+            epoch: self.fence,
+            length: self.written() as i64,
+        };
+        let update = pb::ChatUpdate { lengths: vec![length], ..Default::default() };
+        bench.bus.publish(&UpdateSubject { user: self.user, chat: self.chat }, &update).await?;
+        Ok(())
+    }
+
+    fn written(&self) -> usize {
+        self.text.lock().unwrap().len()
+    }
+
+    fn refills(&self) -> usize {
+        *self.refills.lock().unwrap()
+    }
+
+    async fn commit(&self, bench: &Bench, heard: bool) -> Result<()> {
+        let committed = bench
+            .store
+            .commit_message(NewAssistant {
+                turn: self.turn,
+                fence: self.fence,
+                message: self.message,
+                iteration: 0,
+                model: MODEL.into(),
+                blocks: vec![NewBlock::Text { text: self.text.lock().unwrap().clone() }],
+                stop_reason: pb::StopReason::EndTurn,
+                usage: pb::Usage::default(),
+                calls: Vec::new(),
+            })
+            .await?;
+        if heard {
+            bench.hint(self.chat, committed).await?;
+        }
+        Ok(())
+    }
+}
+
+fn block(message: MessageId) -> pb::BlockRef {
+    pb::BlockRef { target_id: message.to_string(), block: 0, kind: pb::StreamKind::Text as i32 }
+}
+
+fn delta(chat: ChatId, message: MessageId, epoch: i64, offset: usize, piece: &str) -> pb::Delta {
+    pb::Delta {
+        chat_id: chat.to_string(),
+        block: Some(block(message)),
+        epoch,
+        offset: offset as i64,
+        piece: piece.to_owned().into(),
+        produced_unix_us: reliant_types::unix_us(),
+        ..Default::default()
+    }
+}
+
+async fn last_seq(bench: &Bench, chat: ChatId) -> Result<i64> {
+    Ok(bench.store.last_seqs(&[chat]).await?.first().context("no chat")?.1)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn viewers_see_everything_once_though_hints_are_lost_and_doubled() -> Result<()> {
+    let bench = Bench::start().await?;
+    let ada = bench.person("ada").await?;
+    let chat = ada.chat().await?;
+    let mut viewers = Vec::new();
+    for index in 0..10 {
+        viewers.push(ada.view(chat, if index % 2 == 0 { From::Start } else { From::Snapshot }).await?);
+    }
+    let turn = ada.send(chat, "hello").await?;
+    let producer = Producer::start(&bench, &ada, chat, turn).await?;
+    for n in 0..400 {
+        producer.write(&bench, &format!("piece {n} é; "), [1, 1, 0, 2, 1][n % 5]).await?;
+        if n % 100 == 50 {
+            // One that comes in the middle gets all there is, and one that resumes too.
+            viewers.push(ada.view(chat, From::Snapshot).await?);
+            let log_epoch = bench.store.log_epoch().await?;
+            viewers.push(ada.view(chat, From::After { seq: 1, log_epoch }).await?);
+        }
+    }
+    // The last piece is lost, and only the length tells.
+    producer.write(&bench, "the end", 0).await?;
+    producer.lengths(&bench).await?;
+    for viewer in &mut viewers {
+        viewer.live(producer.written()).await?;
+    }
+    assert!(producer.refills() < 400, "{} refills for one chat: they are not shared", producer.refills());
+    // The commit's hint is lost too: the poll finds it.
+    producer.commit(&bench, false).await?;
+    let last = last_seq(&bench, chat).await?;
+    for viewer in &mut viewers {
+        viewer.seq(last).await?;
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_viewer_that_does_not_read_catches_up_and_holds_up_nobody() -> Result<()> {
+    let bench = Bench::start().await?;
+    let ada = bench.person("ada").await?;
+    let chat = ada.chat().await?;
+    let mut slow = ada.view(chat, From::Start).await?;
+    // A connection of its own: the slow one's full window must not be its.
+    let other = bench.person("ada").await?;
+    let mut quick = other.view(chat, From::Start).await?;
+    let turn = ada.send(chat, "hello").await?;
+    let producer = Producer::start(&bench, &ada, chat, turn).await?;
+    let piece = "x".repeat(3000);
+    for _ in 0..50 {
+        for _ in 0..40 {
+            producer.write(&bench, &piece, 1).await?;
+        }
+        quick.live(producer.written()).await?;
+    }
+    // 6 MB wait for the slow one, far more than its queue and its socket hold.
+    slow.live(producer.written()).await?;
+    assert!(slow.view.verification().lagged > 0, "it never lagged: {:?}", slow.view.verification());
+    assert_eq!(quick.view.verification().lagged, 0);
+    producer.write(&bench, "and on", 1).await?;
+    slow.live(producer.written()).await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn cursors_from_the_future_or_another_log_get_a_snapshot() -> Result<()> {
+    let bench = Bench::start().await?;
+    let ada = bench.person("ada").await?;
+    let chat = ada.chat().await?;
+    ada.send(chat, "hello").await?;
+    let last = last_seq(&bench, chat).await?;
+    let epoch = bench.store.log_epoch().await?;
+    let first = |after_seq, log_epoch| {
+        let cursor = pb::ChatCursor { chat_id: chat.to_string(), after_seq, log_epoch };
+        let ada = &ada;
+        async move {
+            let mut stream = ada.subscribe(pb::SubscribeRequest { chats: vec![cursor], feed: None }).await?;
+            let update = tokio::time::timeout(PATIENCE, stream.next()).await?.context("ended")??.update;
+            anyhow::Ok(update.context("empty")?)
+        }
+    };
+    use pb::subscribe_response::Update;
+    for (after, log_epoch) in [(last + 100, epoch), (i64::MAX, 0), (1, epoch + 1), (-1, 0)] {
+        let update = first(after, log_epoch).await?;
+        assert!(
+            matches!(&update, Update::Snapshot(snapshot) if snapshot.seq == last),
+            "{after}/{log_epoch}: {update:?}"
+        );
+    }
+    let update = first(1, epoch).await?;
+    assert!(matches!(&update, Update::Event(event) if event.seq == 2), "{update:?}");
+    let update = first(last, epoch).await?;
+    assert!(matches!(&update, Update::CaughtUp(caught_up) if caught_up.seq == last), "{update:?}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_not_ones_own_or_too_large_is_refused() -> Result<()> {
+    let bench = Bench::start().await?;
+    let (ada, bob) = (bench.person("ada").await?, bench.person("bob").await?);
+    let chat = ada.chat().await?;
+    let own = bob.chat().await?;
+    let cursor = |chat: ChatId| pb::ChatCursor { chat_id: chat.to_string(), after_seq: -1, log_epoch: 0 };
+    let refused = bob.subscribe(pb::SubscribeRequest { chats: vec![cursor(own), cursor(chat)], feed: None }).await;
+    assert_eq!(rpc::failure(&refused.unwrap_err()).code, Code::NotFound);
+    assert_eq!(rpc::failure(&bob.send(chat, "hello").await.unwrap_err()).code, Code::NotFound);
+    for bytes in [limits::MESSAGE_TEXT_MAX_BYTES + 1, 10 * 1024 * 1024] {
+        let status = ada.send(chat, &"x".repeat(bytes)).await.unwrap_err();
+        assert_eq!(rpc::failure(&status).code, Code::MessageTooLarge, "{bytes}: {status:?}");
+    }
+    // One user's streams are bounded, and another's are not touched.
+    let feed =
+        || pb::SubscribeRequest { chats: Vec::new(), feed: Some(pb::FeedCursor { after_seq: -1, log_epoch: 0 }) };
+    let mut open = Vec::new();
+    for n in 0..limits::USER_STREAMS_MAX {
+        open.push(bob.subscribe(feed()).await.with_context(|| format!("stream {n}"))?);
+    }
+    let failure = rpc::failure(&bob.subscribe(feed()).await.unwrap_err());
+    assert_eq!((failure.code, failure.retry_after.is_some()), (Code::QueueFull, true));
+    ada.subscribe(feed()).await?;
+    drop(open);
+    // A drain ends streams with a word that says: come again.
+    let mut stream = ada.subscribe(feed()).await?;
+    bench.drain.begin("test");
+    let deadline = Instant::now() + PATIENCE;
+    let status = loop {
+        assert!(Instant::now() < deadline);
+        match stream.next().await {
+            Some(Ok(_)) => {}
+            Some(Err(status)) => break status,
+            None => anyhow::bail!("ended without a reason"),
+        }
+    };
+    assert_eq!(rpc::failure(&status).code, Code::Draining, "{status:?}");
+    Ok(())
+}
