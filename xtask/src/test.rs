@@ -1,4 +1,4 @@
-//! `cargo test` with a private Postgres around it, and one closing line over all crates.
+//! `cargo test` with a private Postgres and Temporal around it, and one closing line over all crates.
 
 use std::{
     io::{BufRead, BufReader},
@@ -8,12 +8,17 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use reliant_devstack::{Placement, Stack, StackConfig};
+use reliant_devstack::{Placement, Stack, StackConfig, Tools};
 
 use crate::cargo;
 
 /// A database per test is made on this server. Its URL is what tests of the store look for.
 const DATABASE_VARIABLE: &str = "RELIANT_TEST_DATABASE_URL";
+
+/// Workflows of tests run on this server.
+const TEMPORAL_VARIABLE: &str = "RELIANT_TEST_TEMPORAL";
+/// Tests of the bus start, kill and restart servers of their own with this program.
+const NATS_VARIABLE: &str = "RELIANT_TEST_NATS_SERVER";
 
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 struct Totals {
@@ -25,7 +30,8 @@ struct Totals {
 pub async fn run(root: &Path, args: &[String]) -> Result<()> {
     let begun = Instant::now();
     let dir = tempfile::tempdir().context("no directory for the private Postgres")?;
-    let config = StackConfig { nats: Placement::Off, temporal: Placement::Off, ..StackConfig::for_tests(dir.path()) };
+    let config = StackConfig { nats: Placement::Off, ..StackConfig::for_tests(dir.path()) };
+    let nats_server = Tools::new(&config.tools_dir).nats()?;
     let stack = Stack::start(config).await?;
     let mut command = Command::new(cargo());
     command
@@ -33,6 +39,8 @@ pub async fn run(root: &Path, args: &[String]) -> Result<()> {
         .args(args)
         .current_dir(root)
         .env(DATABASE_VARIABLE, &stack.postgres_url)
+        .env(TEMPORAL_VARIABLE, format!("http://{}", stack.temporal_address))
+        .env(NATS_VARIABLE, nats_server)
         .stdout(Stdio::piped());
     // What a person has set for a mesh of theirs must not reach tests.
     for variable in ["DATABASE_URL", "NATS_URL", "TEMPORAL_ADDRESS", "ARGS", "MAKEFLAGS", "MAKELEVEL"] {

@@ -36,7 +36,6 @@ macro_rules! service {
 pub(crate) use service;
 
 /// A handler's outcome as gRPC has it.
-#[expect(clippy::result_large_err, reason = "tonic's own type, at the handler's edge")]
 pub fn answer<T>(outcome: Result<T, Failure>) -> Result<Response<T>, Status> {
     outcome.map(Response::new).map_err(|failure| reliant_rpc::status(&failure))
 }

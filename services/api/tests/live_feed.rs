@@ -2,12 +2,13 @@
 //! late and repeated as it likes, and every viewer must still see everything once and in order.
 
 use std::{
-    sync::{Arc, Mutex},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result};
 use futures::StreamExt as _;
+use parking_lot::Mutex;
 use reliant_api::{ApiConfig, ApiDeps};
 use reliant_bus::{Bus, BusConfig, PrefixSubject, UpdateSubject};
 use reliant_client::{From, View};
@@ -198,9 +199,9 @@ impl Producer {
         let (bus, message, epoch) = (bench.bus.clone(), attempt.message, attempt.fence);
         tokio::spawn(async move {
             while let Some(request) = requests.next().await {
-                *refills.lock().unwrap() += 1;
+                *refills.lock() += 1;
                 let from = if request.message.block < 0 { 0 } else { request.message.from_offset as usize };
-                let piece = text.lock().unwrap()[from..].to_owned();
+                let piece = text.lock()[from..].to_owned();
                 let deltas = vec![delta(chat, message, epoch, from, &piece)];
                 let _ = request.reply(&bus, &pb::PrefixReply { found: true, deltas }).await;
             }
@@ -211,7 +212,7 @@ impl Producer {
     /// Writes a piece; `heard`: how often its hint arrives.
     async fn write(&self, bench: &Bench, piece: &str, heard: usize) -> Result<()> {
         let offset = {
-            let mut text = self.text.lock().unwrap();
+            let mut text = self.text.lock();
             let offset = text.len();
             text.push_str(piece);
             offset
@@ -237,14 +238,15 @@ impl Producer {
     }
 
     fn written(&self) -> usize {
-        self.text.lock().unwrap().len()
+        self.text.lock().len()
     }
 
     fn refills(&self) -> usize {
-        *self.refills.lock().unwrap()
+        *self.refills.lock()
     }
 
     async fn commit(&self, bench: &Bench, heard: bool) -> Result<()> {
+        let text = self.text.lock().clone();
         let committed = bench
             .store
             .commit_message(NewAssistant {
@@ -253,7 +255,7 @@ impl Producer {
                 message: self.message,
                 iteration: 0,
                 model: MODEL.into(),
-                blocks: vec![NewBlock::Text { text: self.text.lock().unwrap().clone() }],
+                blocks: vec![NewBlock::Text { text }],
                 stop_reason: pb::StopReason::EndTurn,
                 usage: pb::Usage::default(),
                 calls: Vec::new(),

@@ -79,6 +79,9 @@ async fn start(global: Global, args: DaemonStartArgs) -> Result<()> {
     if args.reset_journal {
         reliant_daemon::reset_journal(&config.daemon.state_dir)?;
     }
+    std::fs::create_dir_all(&config.daemon.state_dir)
+        .with_context(|| format!("could not make {}", config.daemon.state_dir.display()))?;
+    config.telemetry.log_file.get_or_insert_with(|| reliant_daemon::log_path(&config.daemon.state_dir));
     let guard = server::telemetry(&config, "reliant-daemon", InstanceId::new())?;
     let drain = Drain::new();
     drain.watch_signals().context("could not listen for signals")?;
@@ -139,7 +142,10 @@ async fn logs(global: &Global, args: DaemonLogsArgs) -> Result<()> {
     for line in &lines[lines.len().saturating_sub(args.lines)..] {
         say(line);
     }
-    while args.follow {
+    if !args.follow {
+        return Ok(());
+    }
+    loop {
         tokio::time::sleep(FOLLOW_INTERVAL).await;
         let mut more = Vec::new();
         file.read_to_end(&mut more)?;
@@ -147,7 +153,6 @@ async fn logs(global: &Global, args: DaemonLogsArgs) -> Result<()> {
             say(line);
         }
     }
-    Ok(())
 }
 
 fn trust(global: &Global, args: DaemonTrustArgs) -> Result<()> {

@@ -56,7 +56,7 @@ pub async fn run(global: Global, front: FrontDoor) -> Result<()> {
 }
 
 fn local(report: &mut Report, front: &FrontDoor) -> Result<()> {
-    let tools = Tools::new(&StackConfig::default_tools_dir());
+    let tools = Tools::new(StackConfig::default_tools_dir());
     for (name, found) in [
         ("nats-server", tools.nats().is_ok()),
         ("temporal", tools.temporal().is_ok()),

@@ -56,7 +56,6 @@ pub struct Up {
     pub mesh: Mesh,
     pub daemon: RoleProcess,
     pub store: Store,
-    pub user: UserId,
     pub running: Running,
     pub login_url: String,
 }
@@ -204,7 +203,7 @@ pub async fn start(plan: Plan) -> Result<Up> {
     .await?;
     stack.announce(&running.api_url)?;
     let login_url = format!("{}/#code={code}", running.api_url);
-    Ok(Up { stack, mesh, daemon, store, user, running, login_url })
+    Ok(Up { stack, mesh, daemon, store, running, login_url })
 }
 
 /// The person's own token on this machine; made once, replaced when it is no longer good.

@@ -1,4 +1,4 @@
-//! Against a real NATS server, where one is installed: what the unit tests cannot show.
+//! Against a real NATS server: what the unit tests cannot show.
 
 use reliant_bus::{Bus, BusConfig, BusError, PrefixSubject, ResultSubject, ToolSubject, UpdateSubject};
 use reliant_telemetry::TraceContext;
@@ -16,25 +16,19 @@ struct Server {
 }
 
 impl Server {
-    /// `None` where no server is installed. `NATS_SERVER` names one that is not on PATH.
-    fn start(port: Option<u16>) -> Option<Self> {
+    fn start(port: Option<u16>) -> Self {
         let port = port.unwrap_or_else(|| {
             let free = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
             free.local_addr().expect("bound").port()
         });
-        let binary = std::env::var("NATS_SERVER").unwrap_or_else(|_| "nats-server".into());
-        let child = Command::new(binary)
+        let binary = std::env::var("RELIANT_TEST_NATS_SERVER")
+            .expect("RELIANT_TEST_NATS_SERVER names the nats-server to test with; `make test` sets it");
+        let child = Command::new(&binary)
             .args(["-a", "127.0.0.1", "-p", &port.to_string()])
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn();
-        match child {
-            Ok(child) => Some(Self { child, port }),
-            Err(_) => {
-                eprintln!("skipped: no nats-server is installed");
-                None
-            }
-        }
+        Self { child: child.unwrap_or_else(|error| panic!("{binary} could not be started: {error}")), port }
     }
 
     async fn bus(&self) -> Bus {
@@ -66,7 +60,7 @@ async fn until(mut state: impl FnMut() -> bool) {
 
 #[tokio::test]
 async fn requests_are_answered_and_carry_their_trace() {
-    let Some(server) = Server::start(None) else { return };
+    let server = Server::start(None);
     let (asking, answering) = (server.bus().await, server.bus().await);
     let topic = ToolSubject { daemon: DaemonId::new() };
     let mut requests = answering.subscribe(&topic).await.expect("subscribed");
@@ -92,7 +86,7 @@ async fn requests_are_answered_and_carry_their_trace() {
 
 #[tokio::test]
 async fn nobody_and_nobody_in_time_are_told_apart() {
-    let Some(server) = Server::start(None) else { return };
+    let server = Server::start(None);
     let bus = server.bus().await;
     let topic = PrefixSubject { producer: DaemonId::new().0 };
     let start = Instant::now();
@@ -106,7 +100,7 @@ async fn nobody_and_nobody_in_time_are_told_apart() {
 
 #[tokio::test]
 async fn a_wildcard_group_gets_each_message_once() {
-    let Some(server) = Server::start(None) else { return };
+    let server = Server::start(None);
     let bus = server.bus().await;
     let mut one = bus.subscribe_wildcard::<ResultSubject>(Some("workers")).await.expect("subscribed");
     let mut two = bus.subscribe_wildcard::<ResultSubject>(Some("workers")).await.expect("subscribed");
@@ -128,7 +122,7 @@ async fn a_wildcard_group_gets_each_message_once() {
 
 #[tokio::test]
 async fn a_slow_receiver_is_bounded_and_keeps_what_it_holds() {
-    let Some(server) = Server::start(None) else { return };
+    let server = Server::start(None);
     let (sender, receiver) = (server.bus().await, server.bus().await);
     let topic = UpdateSubject { user: UserId::new(), chat: ChatId::new() };
     let mut slow = receiver.subscribe(&topic).await.expect("subscribed");
@@ -150,7 +144,7 @@ async fn a_slow_receiver_is_bounded_and_keeps_what_it_holds() {
 
 #[tokio::test]
 async fn a_restart_is_noticed_and_subscriptions_come_back() {
-    let Some(mut server) = Server::start(None) else { return };
+    let mut server = Server::start(None);
     let bus = server.bus().await;
     let topic = ToolSubject { daemon: DaemonId::new() };
     let mut requests = bus.subscribe(&topic).await.expect("subscribed");
@@ -165,7 +159,7 @@ async fn a_restart_is_noticed_and_subscriptions_come_back() {
     assert!(bus.disconnected_for().is_some());
     assert!(matches!(bus.publish(&topic, &pb::ToolRequest::default()).await, Err(BusError::Disconnected)));
 
-    let _again = Server::start(Some(server.port)).expect("it started before");
+    let _again = Server::start(Some(server.port));
     until(|| bus.is_connected()).await;
     assert!(bus.connections() > connections);
     bus.publish(&topic, &pb::ToolRequest::default()).await.expect("sent");

@@ -1,6 +1,6 @@
 //! The workflow on a real Temporal server, with a driver in memory in place of Postgres.
 //!
-//! Needs a server at `RELIANT_TEST_TEMPORAL`; without it these tests do nothing. With `RELIANT_RECORD=1` they write the
+//! Needs a server at `RELIANT_TEST_TEMPORAL`, which `make test` starts. With `RELIANT_RECORD=1` these tests write the
 //! histories that `replay.rs` reads.
 #![allow(clippy::unwrap_used, reason = "a test")]
 
@@ -150,8 +150,9 @@ struct Rig {
 
 const PARENT: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
 
-async fn rig() -> Option<Rig> {
-    let address = std::env::var("RELIANT_TEST_TEMPORAL").ok()?;
+async fn rig() -> Rig {
+    let address = std::env::var("RELIANT_TEST_TEMPORAL")
+        .expect("RELIANT_TEST_TEMPORAL is the address of a Temporal to test with; `make test` sets it");
     let _ = tracing_subscriber::fmt().with_env_filter(tracing_subscriber::EnvFilter::from_default_env()).try_init();
     let config = FlowsConfig {
         address: address.clone(),
@@ -168,7 +169,7 @@ async fn rig() -> Option<Rig> {
     let url = Url::from_str(&address).unwrap();
     let connection = Connection::connect(ConnectionOptions::new(url).build()).await.unwrap();
     let client = Client::new(connection, ClientOptions::new("default").build()).unwrap();
-    Some(Rig { flows, memory, chat: ChatId::new(), client, drain, worker })
+    Rig { flows, memory, chat: ChatId::new(), client, drain, worker }
 }
 
 impl Rig {
@@ -200,7 +201,7 @@ impl Rig {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_plain_turn_runs_lingers_and_completes() {
-    let Some(rig) = rig().await else { return };
+    let rig = rig().await;
     let turn = rig.memory.add(false);
     rig.wake().await;
     rig.ended(turn).await;
@@ -210,7 +211,7 @@ async fn a_plain_turn_runs_lingers_and_completes() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_tool_turn_waits_for_its_result() {
-    let Some(rig) = rig().await else { return };
+    let rig = rig().await;
     let turn = rig.memory.add(true);
     rig.wake().await;
     rig.memory.until("dispatch", |m| m.turns.lock().unwrap().iter().any(|t| t.phase == Phase::Sent)).await;
@@ -222,7 +223,7 @@ async fn a_tool_turn_waits_for_its_result() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn turns_that_queue_run_in_order_and_a_closed_chat_is_started_again() {
-    let Some(rig) = rig().await else { return };
+    let rig = rig().await;
     let turns = [rig.memory.add(false), rig.memory.add(true), rig.memory.add(false)];
     rig.wake().await;
     rig.memory.until("dispatch", |m| m.turns.lock().unwrap().iter().any(|t| t.phase == Phase::Sent)).await;
@@ -237,7 +238,7 @@ async fn turns_that_queue_run_in_order_and_a_closed_chat_is_started_again() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_wake_during_a_call_changes_nothing_unless_the_turn_is_over() {
-    let Some(rig) = rig().await else { return };
+    let rig = rig().await;
     let hold = Arc::new(Notify::new());
     *rig.memory.hold.lock().unwrap() = Some(hold.clone());
     let first = rig.memory.add(false);
@@ -258,40 +259,10 @@ async fn a_wake_during_a_call_changes_nothing_unless_the_turn_is_over() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_outage_of_the_database_delays_and_fails_nothing() {
-    let Some(rig) = rig().await else { return };
+    let rig = rig().await;
     *rig.memory.failures.lock().unwrap() = 9;
     let turn = rig.memory.add(false);
     rig.wake().await;
     rig.ended(turn).await;
     rig.finish("outage").await;
-}
-
-/// Not a check: prints what a turn costs. `cargo test -p reliant-flows --release -- --nocapture latency`
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn latency() {
-    let Some(rig) = rig().await else { return };
-    let (mut plain, mut tool) = (Vec::new(), Vec::new());
-    for _ in 0..60 {
-        let began = Instant::now();
-        let turn = rig.memory.add(false);
-        rig.wake().await;
-        rig.ended(turn).await;
-        plain.push(began.elapsed());
-        let began = Instant::now();
-        let turn = rig.memory.add(true);
-        rig.wake().await;
-        rig.memory.until("dispatch", |m| m.turns.lock().unwrap().iter().any(|t| t.phase == Phase::Sent)).await;
-        rig.memory.result(turn);
-        rig.wake().await;
-        rig.ended(turn).await;
-        tool.push(began.elapsed());
-    }
-    let address = std::env::var("RELIANT_TEST_TEMPORAL").unwrap();
-    let config = FlowsConfig { address, ..Default::default() };
-    let mut floor = reliant_flows::floor::run_floor(&config, 60).await.unwrap();
-    for (name, times) in [("plain", &mut plain), ("tool", &mut tool), ("floor", &mut floor)] {
-        times.sort_unstable();
-        eprintln!("{name}: p50 {:?} p95 {:?}", times[times.len() / 2], times[times.len() * 95 / 100]);
-    }
-    rig.finish("").await;
 }

@@ -20,6 +20,7 @@ use opentelemetry_sdk::{
 };
 use std::{sync::OnceLock, time::Duration};
 use tracing::level_filters::LevelFilter;
+use tracing_subscriber::fmt::writer::{BoxMakeWriter, MakeWriterExt as _};
 use tracing_subscriber::{
     EnvFilter, Layer, Registry,
     filter::{FilterExt, Targets},
@@ -35,6 +36,9 @@ const OTLP_DELAY: Duration = Duration::from_millis(500);
 const OTLP_TIMEOUT: Duration = Duration::from_secs(5);
 /// The key under which [`PassThrough`] remembers the caller's span; never leaves the process.
 const CALLER_KEY: &str = "reliant";
+
+/// A larger log file is begun anew at the next start.
+const LOG_FILE_KEEP_MAX_BYTES: u64 = 16 * 1024 * 1024;
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -53,6 +57,8 @@ pub struct TelemetryConfig {
     pub log: String,
     /// "json" or "text".
     pub log_format: LogFormat,
+    /// A file that gets the log beside stderr. Emptied at a start that finds it larger than 16 MiB.
+    pub log_file: Option<std::path::PathBuf>,
     /// Where traces and logs go by OTLP over gRPC, for example "http://127.0.0.1:4317". Unset: nowhere.
     pub otlp_endpoint: Option<String>,
     /// Share of traces that are exported, 0 to 1. The same in every process.
@@ -68,6 +74,7 @@ impl Default for TelemetryConfig {
         Self {
             log: "info".into(),
             log_format: LogFormat::Json,
+            log_file: None,
             otlp_endpoint: None,
             sample_ratio: 1.0,
             service_name: String::new(),
@@ -83,6 +90,12 @@ pub enum TelemetryError {
         filter: String,
         #[source]
         source: tracing_subscriber::filter::ParseError,
+    },
+    #[error("telemetry.log_file {path} cannot be written")]
+    LogFile {
+        path: std::path::PathBuf,
+        #[source]
+        source: std::io::Error,
     },
     #[error("telemetry.sample_ratio is {0}; it must be between 0 and 1")]
     Ratio(f64),
@@ -128,6 +141,19 @@ struct Sampling {
 
 static STARTING: parking_lot::Mutex<()> = parking_lot::Mutex::new(());
 static SAMPLING: OnceLock<Sampling> = OnceLock::new();
+
+fn writer(config: &TelemetryConfig) -> Result<BoxMakeWriter, TelemetryError> {
+    let Some(path) = &config.log_file else { return Ok(BoxMakeWriter::new(std::io::stderr)) };
+    let open = || {
+        let file = std::fs::OpenOptions::new().create(true).append(true).open(path)?;
+        if file.metadata()?.len() > LOG_FILE_KEEP_MAX_BYTES {
+            file.set_len(0)?;
+        }
+        Ok(file)
+    };
+    let file = open().map_err(|source| TelemetryError::LogFile { path: path.clone(), source })?;
+    Ok(BoxMakeWriter::new(std::io::stderr.and(std::sync::Arc::new(file))))
+}
 
 /// Starts telemetry for the process. A later call changes nothing and is no error, so that several roles in one process
 /// and many tests in one binary can each call it. With an endpoint it must be called within a tokio runtime.
@@ -200,7 +226,7 @@ pub fn init(config: &TelemetryConfig) -> Result<Guard, TelemetryError> {
         .with_target(false)
         .with_tracked_inactivity(false)
         .with_filter(span_targets());
-    let stderr = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let stderr = tracing_subscriber::fmt::layer().with_writer(writer(config)?);
     let written: Box<dyn Layer<_> + Send + Sync> = match config.log_format {
         LogFormat::Json => stderr
             .fmt_fields(tracing_subscriber::fmt::format::JsonFields::new())

@@ -42,6 +42,7 @@ pub struct Deps {
 }
 
 /// What ran beside the task has ended.
+#[expect(clippy::large_enum_variant, reason = "one at a time, moved once")]
 enum Done {
     Log { after: i64, read: Result<Vec<pb::ChatEvent>, StoreError> },
     Older { after: i64, read: Result<Vec<pb::ChatEvent>, StoreError> },

@@ -14,6 +14,7 @@ use super::{
 };
 
 /// What viewers get, in this order.
+#[expect(clippy::large_enum_variant, reason = "a box for each event would cost more than the room")]
 #[derive(Debug, Clone, PartialEq)]
 pub enum Output {
     Event(pb::ChatEvent),

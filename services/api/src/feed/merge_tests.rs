@@ -2,13 +2,16 @@
 //! any time, viewers that join anywhere and fall behind — and every viewer sees each event once and in order, and each
 //! live text contiguous from its beginning.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+mod client;
+
+use std::collections::{BTreeMap, VecDeque};
 
 use bytes::Bytes;
 use proptest::prelude::*;
-use prost::Message as _;
 use reliant_types::pb::{self, chat_event::Kind, subscribe_response::Update};
 use uuid::Uuid;
+
+use client::Client;
 
 use super::{
     live::{Budget, Hole},
@@ -31,6 +34,7 @@ struct Live {
 }
 
 /// What is on its way to the replica.
+#[expect(clippy::large_enum_variant, reason = "a test")]
 enum Flight {
     Hint(pb::ChatEvent),
     Delta(pb::Delta),
@@ -44,14 +48,6 @@ struct Viewer {
     /// Not at the end: where it is. `None`: takes what comes.
     waiting: Option<Cursor>,
     client: Client,
-}
-
-/// A strict client: any hole, repetition or piece out of place is a failure.
-#[derive(Default)]
-struct Client {
-    seq: i64,
-    open: HashMap<String, (i64, HashMap<i32, String>)>,
-    caught_up: bool,
 }
 
 #[derive(Default)]
@@ -203,7 +199,7 @@ impl World {
         match (what, self.message(), call) {
             (0, None, _) => self.start_message(None, false),
             (0 | 1, Some(message), _) => self.write(message, i32::from(a % 2), usize::from(b % 6)),
-            (2, Some(message), _) => self.start_message(Some(message), a % 2 == 0),
+            (2, Some(message), _) => self.start_message(Some(message), a.is_multiple_of(2)),
             (3, Some(message), _) => {
                 let turn = self.live[&message].turn.unwrap_or(0);
                 self.live.remove(&message);
@@ -225,7 +221,7 @@ impl World {
                 self.commit(Kind::ToolCallChanged(self.call(call, pb::ToolCallStatus::Dispatched)));
             }
             (6, _, Some(call)) => self.write(call, i32::from(b % 2), usize::from(b % 9)),
-            (7, _, Some(call)) if b % 3 == 0 => {
+            (7, _, Some(call)) if b.is_multiple_of(3) => {
                 self.commit(Kind::ToolCallChanged(self.call(call, pb::ToolCallStatus::Running)));
             }
             (7, _, Some(call)) if b % 3 == 1 => {
@@ -252,7 +248,7 @@ impl World {
             0..=4 if !self.flight.is_empty() => {
                 let index = if what < 3 { 0 } else { usize::from(a) % self.flight.len() };
                 let flight = self.flight.remove(index);
-                if b % 8 == 0
+                if b.is_multiple_of(8)
                     && let Some(copy) = flight.copy()
                 {
                     self.flight.push(copy);
@@ -280,7 +276,7 @@ impl World {
                     2 => self.log.len() as i64 + i64::from(b % 3),
                     _ => i64::from(b) % (self.log.len() as i64 + 1),
                 };
-                let log_epoch = if b % 16 == 0 { EPOCH + 1 } else { EPOCH * i64::from(b % 2) };
+                let log_epoch = if b.is_multiple_of(16) { EPOCH + 1 } else { EPOCH * i64::from(b % 2) };
                 let cursor = Cursor { after, log_epoch, greet: true, ..Cursor::default() };
                 // What a client that resumes there has: every event up to there.
                 let mut client = Client { seq: after, ..Client::default() };
@@ -365,7 +361,8 @@ impl World {
                     Admit::Behind => {
                         let seq = self.state().seq() as usize;
                         let mut out = Vec::new();
-                        for event in self.log[seq..].to_vec() {
+                        let log: Vec<_> = self.log[seq..].to_vec();
+                        for event in log {
                             self.state().merge().event(event, Source::Log, &mut out);
                         }
                         self.spread(out);
@@ -445,72 +442,6 @@ impl Flight {
             Flight::Delta(delta) => Some(Flight::Delta(delta.clone())),
             Flight::Length(length) => Some(Flight::Length(length.clone())),
             Flight::Log(_) | Flight::Refill(..) => None,
-        }
-    }
-}
-
-impl Client {
-    fn receive(&mut self, update: Bytes, log: &[pb::ChatEvent]) {
-        match pb::SubscribeResponse::decode(update).unwrap().update.unwrap() {
-            Update::Snapshot(snapshot) => {
-                self.seq = snapshot.seq;
-                self.open.clear();
-                for started in snapshot.started {
-                    self.open.insert(started.message_id, (started.epoch, HashMap::new()));
-                }
-                for call in snapshot.tool_calls.into_iter().filter_map(|changed| changed.tool_call) {
-                    self.open.insert(call.id, (call.generation, HashMap::new()));
-                }
-            }
-            Update::Event(event) => {
-                assert_eq!(event.seq, self.seq + 1, "an event is missing or repeated");
-                assert_eq!(event, log[self.seq as usize]);
-                self.seq = event.seq;
-                self.apply(event, log);
-            }
-            Update::Delta(delta) => {
-                let block = delta.block.unwrap();
-                let (epoch, blocks) = self.open.get_mut(&block.target_id).expect("a piece of nothing that is open");
-                assert_eq!(delta.epoch, *epoch, "a piece of another epoch");
-                let text = blocks.entry(block.block).or_default();
-                assert_eq!(delta.offset, text.len() as i64, "a hole or a repetition");
-                text.push_str(std::str::from_utf8(&delta.piece).unwrap());
-            }
-            Update::CaughtUp(caught_up) => {
-                assert!(!std::mem::replace(&mut self.caught_up, true), "said twice");
-                assert_eq!(caught_up.seq, self.seq);
-            }
-            other => panic!("{other:?}"),
-        }
-    }
-
-    fn apply(&mut self, event: pb::ChatEvent, log: &[pb::ChatEvent]) {
-        match event.kind.unwrap() {
-            Kind::MessageStarted(started) => {
-                self.close_turn(&started.turn_id, log);
-                self.open.insert(started.message_id, (started.epoch, HashMap::new()));
-            }
-            Kind::MessageCommitted(message) => self.close_turn(&message.turn_id, log),
-            Kind::TurnChanged(turn) => self.close_turn(&turn.id, log),
-            Kind::ToolCallChanged(changed) => {
-                let call = changed.tool_call.unwrap();
-                if call.status == pb::ToolCallStatus::Succeeded as i32 {
-                    self.open.remove(&call.id);
-                } else if self.open.get(&call.id).is_none_or(|(epoch, _)| *epoch != call.generation) {
-                    self.open.insert(call.id, (call.generation, HashMap::new()));
-                }
-            }
-            _ => {}
-        }
-    }
-
-    fn close_turn(&mut self, turn: &str, log: &[pb::ChatEvent]) {
-        for event in log {
-            if let Some(Kind::MessageStarted(started)) = &event.kind
-                && started.turn_id == turn
-            {
-                self.open.remove(&started.message_id);
-            }
         }
     }
 }

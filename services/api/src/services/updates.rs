@@ -85,8 +85,11 @@ impl ServerStreamingService<pb::SubscribeRequest> for Subscribe {
     }
 }
 
+/// The feed's place, if it is followed, and each chat's.
+type Places = (Option<Place>, Vec<(ChatId, Place)>);
+
 /// The request, checked.
-fn places(request: pb::SubscribeRequest) -> Result<(Option<Place>, Vec<(ChatId, Place)>), Failure> {
+fn places(request: pb::SubscribeRequest) -> Result<Places, Failure> {
     if request.chats.len() > limits::SUBSCRIBE_CHATS_MAX {
         let message = format!(
             "chats names {} chats; one stream follows at most {}. Open another stream for the rest",

@@ -123,7 +123,7 @@ async fn no_daemon_and_a_daemon_that_is_away() -> Result<()> {
     assert!(call.is_error && ["DAEMON_NONE", "TOOL_UNKNOWN"].contains(&call.error_code.as_str()), "{call:?}");
 
     let mut daemon = rig.daemon(&ada, "laptop", DaemonOptions::default()).await?;
-    let mut session = session(&ada, MODEL, pb::ChatMode::Auto).await?;
+    let session = session(&ada, MODEL, pb::ChatMode::Auto).await?;
     daemon.process.kill();
     rig.connected(&ada, &daemon.id, false).await?;
     let chat: ChatId = session.chat();
