@@ -423,3 +423,41 @@ async fn what_is_not_ones_own_or_too_large_is_refused() -> Result<()> {
     assert_eq!(rpc::failure(&status).code, Code::Draining, "{status:?}");
     Ok(())
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_browser_gets_the_page_and_speaks_grpc_web_over_http_1() -> Result<()> {
+    let bench = Bench::start().await?;
+    let ada = bench.person("ada").await?;
+    let host = bench.url.strip_prefix("http://").context("plain HTTP")?;
+    let ask = |head: String, body: &'static [u8]| async move {
+        use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+        let mut socket = tokio::net::TcpStream::connect(host).await?;
+        let length = body.len();
+        let head = format!("{head}host: {host}\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n");
+        socket.write_all(head.as_bytes()).await?;
+        socket.write_all(body).await?;
+        let mut answer = Vec::new();
+        tokio::time::timeout(PATIENCE, socket.read_to_end(&mut answer)).await??;
+        anyhow::Ok(String::from_utf8_lossy(&answer).to_lowercase())
+    };
+    let page = ask("GET / HTTP/1.1\r\n".into(), b"").await?;
+    assert!(page.starts_with("http/1.1 200") && page.contains("content-security-policy: default-src 'none'"), "{page}");
+    assert!(page.contains("<!doctype html>"), "{page}");
+    let missing = ask("GET /nope HTTP/1.1\r\n".into(), b"").await?;
+    assert!(missing.starts_with("http/1.1 404"), "{missing}");
+
+    let call = format!(
+        "POST /reliant.v1.ModelService/ListModels HTTP/1.1\r\ncontent-type: application/grpc-web+proto\r\norigin: {}\r\n",
+        bench.url
+    );
+    let refused = ask(call.clone(), &[0; 5]).await?;
+    assert!(refused.starts_with("http/1.1 200") && refused.contains("grpc-status: 16"), "{refused}");
+    assert!(refused.contains(&format!("access-control-allow-origin: {}", bench.url)), "{refused}");
+    assert!(refused.contains("access-control-expose-headers: grpc-status"), "{refused}");
+    let answer = ask(format!("{call}authorization: Bearer {}\r\n", ada.token), &[0; 5]).await?;
+    assert!(answer.contains("sim/text") && answer.contains("grpc-status:0"), "{answer}");
+    let unknown = call.replace("ListModels", "Nope") + &format!("authorization: Bearer {}\r\n", ada.token);
+    let unknown = ask(unknown, &[0; 5]).await?;
+    assert!(unknown.contains("grpc-status: 12"), "{unknown}");
+    Ok(())
+}

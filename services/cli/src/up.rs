@@ -10,7 +10,6 @@ use reliant_devstack::{DaemonSpec, Mesh, MeshSpec, Placement, RoleProcess, Serve
 use reliant_middleware::Jwt;
 use reliant_runtime::Drain;
 use reliant_store::{Store, StoreConfig};
-use reliant_types::UserId;
 use serde::{Deserialize, Serialize};
 
 use crate::args::{Global, UpArgs};
@@ -151,7 +150,7 @@ pub async fn start(plan: Plan) -> Result<Up> {
         database_url: stack.postgres_url.clone(),
         temporal_address: stack.temporal_address.clone(),
         task_queue: "reliant".into(),
-        jwt_key_file: key_file,
+        jwt_key_file: key_file.clone(),
         apis: 1,
         workers: 1,
         gateways: 1,
@@ -165,7 +164,8 @@ pub async fn start(plan: Plan) -> Result<Up> {
     let store = Store::connect(&store_config).await.context("Postgres cannot be reached")?;
     let name = std::env::var("USER").unwrap_or_else(|_| "you".into());
     let user = store.ensure_user(LOCAL_SUBJECT, &name, "admin").await?.id;
-    let token = local_token(&plan.data_dir, &store, user).await?;
+    let key = std::fs::read_to_string(&key_file).with_context(|| format!("{} cannot be read", key_file.display()))?;
+    let (token, _) = Jwt::from_pem(&key)?.sign(LOCAL_SUBJECT, TOKEN_TTL)?;
     let code = store.create_login_code(user, LOGIN_CODE_TTL).await?;
     let running = Running { api_url: mesh.api_url(0), token, gateway_url: mesh.gateway_url(0) };
     write_private(&plan.data_dir.join(RUNNING_FILE), &serde_json::to_vec(&running)?)?;
@@ -204,18 +204,6 @@ pub async fn start(plan: Plan) -> Result<Up> {
     stack.announce(&running.api_url)?;
     let login_url = format!("{}/#code={code}", running.api_url);
     Ok(Up { stack, mesh, daemon, store, running, login_url })
-}
-
-/// The person's own token on this machine; made once, replaced when it is no longer good.
-async fn local_token(data_dir: &Path, store: &Store, user: UserId) -> Result<String> {
-    if let Some(running) = Running::read(data_dir)
-        && store.token_by_secret(&running.token).await.is_ok()
-    {
-        return Ok(running.token);
-    }
-    let expires = chrono::Utc::now() + TOKEN_TTL;
-    let (_, secret) = store.create_token(user, "reliant up", &["api".to_owned()], None, Some(expires)).await?;
-    Ok(secret)
 }
 
 fn announce(up: &Up, took: Duration) {
