@@ -24,7 +24,7 @@ async fn main() -> Result<()> {
     let wanted = |name: &str| only.as_deref().is_none_or(|only| only == name);
     let options = RigOptions {
         apis: 2,
-        config: "[api.limits]\ncalls_per_second = 100000\ncall_burst = 100000\n\n[telemetry]\nlog = \"warn\"\n".into(),
+        config: "[api.limits.rate]\ncalls_per_second = 0.0\n\n[telemetry]\nlog = \"warn\"\n".into(),
         ..Default::default()
     };
     let rig = Rig::start(options).await.context("the mesh did not start")?;
