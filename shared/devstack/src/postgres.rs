@@ -191,7 +191,8 @@ impl Cluster {
             format!("max_connections={MAX_CONNECTIONS}"),
             format!("fsync={on_off}"),
             format!("full_page_writes={on_off}"),
-            format!("synchronous_commit={on_off}"),
+            // Without it an answered commit waits in Postgres' own memory, and kill -9 would lose it.
+            "synchronous_commit=on".to_owned(),
             "timezone=UTC".to_owned(),
             // Queries are short; compiling them costs more than it saves.
             "jit=off".to_owned(),
