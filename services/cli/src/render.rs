@@ -3,7 +3,7 @@
 
 use std::{collections::HashMap, io::Write};
 
-use reliant_client::ClientUpdate;
+use reliant_client::{ClientUpdate, text_of};
 use reliant_types::pb;
 
 /// Longest shown form of a call's arguments and of an output line.
@@ -149,7 +149,7 @@ impl<W: Write> Renderer<W> {
     fn message(&mut self, message: &pb::Message) -> std::io::Result<()> {
         match message.role() {
             pb::Role::Notice => {
-                let text = plain_text(message);
+                let text = text_of(message);
                 return self.line(Style::Yellow, &format!("ℹ {text}"));
             }
             pb::Role::Assistant => {}
@@ -296,19 +296,6 @@ fn shorten(text: &str) -> String {
         short.push('…');
     }
     short
-}
-
-/// The text blocks of a message, joined.
-pub fn plain_text(message: &pb::Message) -> String {
-    message
-        .blocks
-        .iter()
-        .filter_map(|block| match &block.block {
-            Some(pb::content_block::Block::Text(text)) => Some(text.text.as_str()),
-            _ => None,
-        })
-        .collect::<Vec<_>>()
-        .join("")
 }
 
 #[cfg(test)]

@@ -114,15 +114,13 @@ pub async fn run(global: Global, args: UpArgs) -> Result<()> {
 
 /// Starts servers, roles and the daemon; says what takes a while.
 pub async fn start(plan: Plan) -> Result<Up> {
-    let mut config = StackConfig::new(&plan.data_dir);
+    let mut config = if plan.usual_ports {
+        StackConfig::new(&plan.data_dir)
+    } else {
+        StackConfig { durable: true, ..StackConfig::for_tests(&plan.data_dir) }
+    };
     if let Some(dir) = &plan.tools_dir {
         config.tools_dir = dir.clone();
-    }
-    if !plan.usual_ports {
-        config = StackConfig { durable: true, ..StackConfig::for_tests(&plan.data_dir) };
-        if let Some(dir) = &plan.tools_dir {
-            config.tools_dir = dir.clone();
-        }
     }
     for (variable, placement) in [
         ("DATABASE_URL", &mut config.postgres),
@@ -258,7 +256,8 @@ async fn supervise(mut up: Up, drain: &Drain) -> Result<()> {
 
 /// Drains the daemon first, the servers last.
 pub async fn stop(mut up: Up) {
-    let _ = std::fs::remove_file(up.stack.data_dir().join(RUNNING_FILE).with_extension("draft"));
+    // Other commands then say that nothing runs here; a file that stays only costs them a refused connection.
+    let _ = std::fs::remove_file(up.stack.data_dir().join(RUNNING_FILE));
     up.daemon.stop(DRAIN_PATIENCE).await;
     up.mesh.stop(DRAIN_PATIENCE).await;
     drop(up.store);
@@ -287,20 +286,12 @@ pub fn hostname() -> String {
     if name.is_empty() { "this-machine".into() } else { name.into() }
 }
 
-/// Readable by the owner alone, whole or not at all.
+/// Readable by the owner alone, whole or not at all; its directory is made if absent.
 pub fn write_private(path: &Path, bytes: &[u8]) -> Result<()> {
-    use std::{io::Write as _, os::unix::fs::OpenOptionsExt as _};
-    let write = || -> std::io::Result<()> {
-        if let Some(dir) = path.parent() {
-            std::fs::create_dir_all(dir)?;
-        }
-        let draft = path.with_extension("draft");
-        let mut file = std::fs::OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&draft)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        std::fs::rename(draft, path)
-    };
-    write().with_context(|| format!("could not write {}", path.display()))
+    if let Some(dir) = path.parent() {
+        std::fs::create_dir_all(dir).with_context(|| format!("could not make {}", dir.display()))?;
+    }
+    Ok(reliant_devstack::write_private(path, bytes)?)
 }
 
 /// The program's own voice.

@@ -21,7 +21,7 @@ mod tools;
 
 pub use config::{Placement, Server, StackConfig};
 pub use error::StackError;
-pub use lock::{DataDirLock, running_info};
+pub use lock::{DataDirLock, running_info, write_private};
 pub use mesh::{Addresses, RoleProcess, RoleSpec, cpu_ms, http_get, is_ready, resident_kib};
 pub use nats::{NatsRole, NatsUser};
 pub use ports::free_port;

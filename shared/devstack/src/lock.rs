@@ -93,7 +93,7 @@ pub fn running_info(dir: &Path) -> Option<(u32, Option<String>)> {
 }
 
 /// Whole or not at all, readable by the owner alone.
-pub(crate) fn write_private(path: &Path, bytes: &[u8]) -> Result<(), StackError> {
+pub fn write_private(path: &Path, bytes: &[u8]) -> Result<(), StackError> {
     let draft = path.with_extension("draft");
     let write = || {
         let mut file = OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&draft)?;
