@@ -26,7 +26,12 @@ fn main() -> ExitCode {
         eprintln!("reliant: another TLS provider was installed first");
         return ExitCode::FAILURE;
     }
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    if matches!(cli.command, Command::Daemon(_)) {
+        // It routes frames; tools are processes or run on blocking threads. More workers only wake each other.
+        runtime.worker_threads(1);
+    }
+    let runtime = match runtime.enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
             eprintln!("reliant: no threads could be started: {error}");

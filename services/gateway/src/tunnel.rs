@@ -12,14 +12,13 @@ use reliant_types::{
 };
 use std::{sync::Arc, time::Duration};
 use tokio::sync::Semaphore;
-use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
     bridge,
     hub::{Hub, Seat},
     session::{Requests, Session},
-    writer::Writer,
+    writer::{Outgoing, Writer},
 };
 
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
@@ -37,7 +36,7 @@ pub(crate) struct Tunnel {
 
 #[tonic::async_trait]
 impl TunnelService for Tunnel {
-    type ConnectStream = ReceiverStream<Result<pb::ConnectResponse, Status>>;
+    type ConnectStream = Outgoing;
 
     async fn connect(
         &self,
@@ -46,7 +45,7 @@ impl TunnelService for Tunnel {
         let (daemon, principal) = require_daemon(&request)?;
         Box::pin(self.accept(daemon, principal, request.into_inner()))
             .await
-            .map(|outgoing| Response::new(ReceiverStream::new(outgoing)))
+            .map(Response::new)
             .map_err(|failure| {
                 metrics::DAEMON_STREAM_ENDS.with_label_values(&["refused"]).inc();
                 tracing::info!(daemon.id = %daemon, code = %failure.code, reason = %failure.message, "a daemon was not let in");
@@ -61,7 +60,7 @@ impl Tunnel {
         daemon: DaemonId,
         principal: Principal,
         mut inbound: Streaming<pb::ConnectRequest>,
-    ) -> Result<crate::writer::Outgoing, Failure> {
+    ) -> Result<Outgoing, Failure> {
         self.check_open()?;
         let place = self.places.clone().try_acquire_owned().map_err(|_| {
             Failure::new(Code::QueueFull, "this gateway holds as many daemons as it may; try again")

@@ -3,7 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use prost::Message;
-use redb::{Builder, Database, Durability, ReadableDatabase, ReadableTable, StorageBackend, TableDefinition};
+use redb::{
+    Builder, Database, Durability, ReadableDatabase, ReadableTable, StorageBackend, Table, TableDefinition,
+    WriteTransaction,
+};
 use reliant_types::{Incarnation, ToolCallId};
 
 use super::{
@@ -252,32 +255,32 @@ impl Disk {
         Ok(table.get(call.0.as_u128())?.map(|v| v.value().to_vec()))
     }
 
-    /// One transaction, one sync at most.
-    pub fn commit<'a>(&self, writes: impl Iterator<Item = &'a Write>, sync: bool) -> Result<(), JournalError> {
+    /// One transaction, one sync.
+    pub fn commit<'a>(&self, writes: impl Iterator<Item = &'a Write>) -> Result<(), JournalError> {
         let mut txn = self.db.begin_write()?;
-        let durability = if sync { Durability::Immediate } else { Durability::None };
-        txn.set_durability(durability).map_err(|e| JournalError::Io(e.to_string()))?;
+        txn.set_durability(Durability::Immediate).map_err(|e| JournalError::Io(e.to_string()))?;
         {
             let mut calls = txn.open_table(CALLS)?;
-            let mut results = txn.open_table(RESULTS)?;
-            let mut tombstones = txn.open_table(TOMBSTONES)?;
+            // An opened table costs the commit even when nothing was written to it.
+            let (mut results, mut tombstones) = (None, None);
             for write in writes {
                 match write {
                     Write::Entry(id, entry) => {
                         calls.insert(id.0.as_u128(), CallRow::from(entry).encode_to_vec().as_slice())?;
                     }
                     Write::Result(id, bytes) => {
-                        results.insert(id.0.as_u128(), bytes.as_slice())?;
+                        opened(&txn, RESULTS, &mut results)?.insert(id.0.as_u128(), bytes.as_slice())?;
                     }
                     Write::Forget(id) => {
                         calls.remove(id.0.as_u128())?;
-                        results.remove(id.0.as_u128())?;
+                        opened(&txn, RESULTS, &mut results)?.remove(id.0.as_u128())?;
                     }
                     Write::Tombstone(id, t) => {
-                        tombstones.insert(id.0.as_u128(), (t.generation, t.at_ms, t.ran))?;
+                        opened(&txn, TOMBSTONES, &mut tombstones)?
+                            .insert(id.0.as_u128(), (t.generation, t.at_ms, t.ran))?;
                     }
                     Write::DropTombstone(id) => {
-                        tombstones.remove(id.0.as_u128())?;
+                        opened(&txn, TOMBSTONES, &mut tombstones)?.remove(id.0.as_u128())?;
                     }
                 }
             }
@@ -285,6 +288,17 @@ impl Disk {
         txn.commit()?;
         Ok(())
     }
+}
+
+fn opened<'a, 'txn, V: redb::Value + 'static>(
+    txn: &'txn WriteTransaction,
+    definition: TableDefinition<'static, u128, V>,
+    table: &'a mut Option<Table<'txn, u128, V>>,
+) -> Result<&'a mut Table<'txn, u128, V>, JournalError> {
+    if table.is_none() {
+        *table = Some(txn.open_table(definition)?);
+    }
+    Ok(table.as_mut().expect("it was just opened"))
 }
 
 fn id(key: u128) -> ToolCallId {

@@ -62,7 +62,7 @@ impl Journal {
     pub fn with(opener: Box<dyn Opener>, max_bytes: u64) -> Result<Self, JournalError> {
         let (disk, incarnation) = disk::Disk::open(&*opener)?;
         let state = disk.load(max_bytes)?;
-        let queue = Queue { state, jobs: Default::default(), closed: false, failing: None };
+        let queue = Queue::new(state);
         let shared =
             Arc::new(Shared { queue: Mutex::new(queue), wake: Condvar::new(), disk: RwLock::new(Some(disk)), opener });
         let run = {
@@ -86,8 +86,9 @@ impl Journal {
             let _ = done.send(Err(JournalError::Closed));
         } else {
             let done = (kind != Kind::Lazy).then_some(done);
-            queue.jobs.push_back(Job { writes, kind, done });
-            self.shared.wake.notify_one();
+            if queue.push(Job { writes, kind, done }) {
+                self.shared.wake.notify_one();
+            }
         }
         if kind == Kind::Lazy { Ticket::DONE } else { Ticket(Some(receiver)) }
     }

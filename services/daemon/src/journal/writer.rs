@@ -1,4 +1,5 @@
-//! The thread that owns the journal's disk. Steps that wait at the same time share one sync.
+//! The thread that owns the journal's disk. Steps that wait at the same time share one sync; those that need none ride
+//! with the next one that does, or with each other after a while.
 //!
 //! A step that may not be lost (a result, a tombstone) is tried again for as long as the disk refuses it; a started
 //! record that cannot be written is given back, so that its call is refused.
@@ -20,8 +21,9 @@ use super::{
 
 /// Jobs of one commit.
 const BATCH_MAX: usize = 512;
-/// Unsynced changes wait no longer than this for a synced one to ride with.
-const UNSYNCED_MAX: Duration = Duration::from_secs(2);
+/// Lazy steps wait no longer than this, and no more of them, for a synced one to ride with.
+const LAZY_MAX: Duration = Duration::from_secs(2);
+const LAZY_MAX_JOBS: usize = 256;
 const RETRY_MIN: Duration = Duration::from_millis(200);
 const RETRY_MAX: Duration = Duration::from_secs(5);
 
@@ -31,7 +33,7 @@ pub enum Kind {
     Start,
     /// Synced; tried until it is written.
     Must,
-    /// Not synced.
+    /// Nobody waits for it; a crash may lose it.
     Lazy,
 }
 
@@ -45,9 +47,39 @@ pub struct Job {
 pub struct Queue {
     pub state: State,
     pub jobs: VecDeque<Job>,
+    /// How many of the jobs are not lazy.
+    pub awaited: usize,
     pub closed: bool,
     /// Why the disk refuses, while it does.
     pub failing: Option<JournalError>,
+}
+
+impl Queue {
+    pub fn new(state: State) -> Self {
+        Self { state, jobs: VecDeque::new(), awaited: 0, closed: false, failing: None }
+    }
+
+    /// Whether the thread is to be woken for it.
+    pub fn push(&mut self, job: Job) -> bool {
+        self.awaited += usize::from(job.kind != Kind::Lazy);
+        self.jobs.push_back(job);
+        self.ready() || self.jobs.len() == 1
+    }
+
+    fn ready(&self) -> bool {
+        self.awaited > 0 || self.jobs.len() >= LAZY_MAX_JOBS || self.closed
+    }
+
+    fn take(&mut self) -> Vec<Job> {
+        let count = self.jobs.len().min(BATCH_MAX);
+        let batch: Vec<Job> = self.jobs.drain(..count).collect();
+        self.awaited -= awaited(&batch);
+        batch
+    }
+}
+
+fn awaited(jobs: &[Job]) -> usize {
+    jobs.iter().filter(|job| job.kind != Kind::Lazy).count()
 }
 
 pub struct Shared {
@@ -58,39 +90,30 @@ pub struct Shared {
 }
 
 pub fn run(shared: Arc<Shared>) {
-    let mut unsynced = false;
     let mut retry = RETRY_MIN;
     loop {
         let batch = {
             let mut queue = shared.queue.lock();
-            while queue.jobs.is_empty() && !queue.closed {
-                if unsynced {
-                    if shared.wake.wait_for(&mut queue, UNSYNCED_MAX).timed_out() {
-                        break;
-                    }
-                } else {
+            while !queue.ready() {
+                if queue.jobs.is_empty() {
                     shared.wake.wait(&mut queue);
+                } else if shared.wake.wait_for(&mut queue, LAZY_MAX).timed_out() {
+                    break;
                 }
             }
-            if queue.jobs.is_empty() && queue.closed && !unsynced {
+            if queue.jobs.is_empty() {
                 break;
             }
-            let count = queue.jobs.len().min(BATCH_MAX);
-            queue.jobs.drain(..count).collect::<Vec<Job>>()
+            queue.take()
         };
-        // An empty batch after the wait makes the lazy ones durable.
-        let sync = batch.is_empty() || batch.iter().any(|j| j.kind != Kind::Lazy);
         let began = Instant::now();
         let outcome = match &*shared.disk.read() {
-            Some(disk) => disk.commit(batch.iter().flat_map(|j| &j.writes), sync),
+            Some(disk) => disk.commit(batch.iter().flat_map(|j| &j.writes)),
             None => Err(JournalError::Io("the file is not open".into())),
         };
         match outcome {
             Ok(()) => {
-                unsynced = !sync;
-                if sync {
-                    reliant_telemetry::metrics::JOURNAL_COMMIT.observe(began.elapsed().as_secs_f64());
-                }
+                reliant_telemetry::metrics::JOURNAL_COMMIT.observe(began.elapsed().as_secs_f64());
                 retry = RETRY_MIN;
                 shared.queue.lock().failing = None;
                 for job in batch {
@@ -119,6 +142,7 @@ fn give_back(shared: &Shared, batch: Vec<Job>, error: &JournalError) {
     queue.failing = Some(error.clone());
     for job in batch.into_iter().rev() {
         if job.kind != Kind::Start {
+            queue.awaited += awaited(std::slice::from_ref(&job));
             queue.jobs.push_front(job);
         } else if let Some(done) = job.done {
             let _ = done.send(Err(error.clone()));
@@ -136,6 +160,7 @@ fn wait_closed(shared: &Shared, delay: Duration) -> bool {
         }
     }
     queue.jobs.clear();
+    queue.awaited = 0;
     true
 }
 

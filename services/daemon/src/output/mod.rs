@@ -178,14 +178,16 @@ impl Outputs {
         let outputs = self.clone();
         let output = output.clone();
         tokio::spawn(async move {
-            let flushed = output.clone();
-            let flush = move || {
-                let mut inner = flushed.inner.lock();
-                for kept in &mut inner.kept {
-                    kept.flush();
-                }
-            };
-            let _ = tokio::task::spawn_blocking(flush).await;
+            if output.total() > 0 {
+                let flushed = output.clone();
+                let flush = move || {
+                    let mut inner = flushed.inner.lock();
+                    for kept in &mut inner.kept {
+                        kept.flush();
+                    }
+                };
+                let _ = tokio::task::spawn_blocking(flush).await;
+            }
             tokio::time::sleep(hold).await;
             let mut live = outputs.live.lock();
             // A newer run of the same call has its own.
