@@ -11,6 +11,7 @@ use tokio::{sync::mpsc, task::JoinSet};
 
 use crate::{
     Bench,
+    floors::SyncProbe,
     report::{Report, Samples, US},
 };
 
@@ -19,21 +20,34 @@ const WARM_UP: usize = 20;
 const DAEMONS: usize = 1000;
 const CONNECT_AT_ONCE: usize = 16;
 const SETTLE: Duration = Duration::from_secs(2);
+const PATIENCE: Duration = Duration::from_secs(30);
 
 async fn bus(bench: &Bench) -> Result<Bus> {
     Ok(Bus::connect(&BusConfig { url: bench.rig.nats.nats_url.clone(), ..BusConfig::default() }).await?)
 }
 
-/// Dispatch leaving a worker to the result arriving there: sent and received here as a worker does.
-pub async fn round_trips(bench: &Bench, report: &mut Report) -> Result<()> {
+/// Dispatch leaving a worker to the result arriving there. This process is the worker: it sends, receives and
+/// acknowledges, and the mesh's own worker, which would take each result as well, is away. Before each round trip its two
+/// floors are measured once, so that they meet the same moment of the machine.
+pub async fn round_trips(bench: &mut Bench, report: &mut Report) -> Result<()> {
+    bench.rig.mesh.workers[0].stop(PATIENCE).await;
+    let done = trips(bench, report).await;
+    bench.rig.mesh.workers[0].restart(PATIENCE).await?;
+    done
+}
+
+async fn trips(bench: &Bench, report: &mut Report) -> Result<()> {
     let bus = bus(bench).await?;
     let daemon: DaemonId = bench.daemon.id.parse()?;
     let known = bench.ada.client.list_daemons(pb::ListDaemonsRequest { include_revoked: false }).await?.daemons;
     let known = known.into_iter().find(|known| known.id == bench.daemon.id).context("the daemon is not listed")?;
     let root_id = known.roots.first().map(|root| root.id.clone()).unwrap_or_default();
     let incarnation = incarnation(bench).await?;
-    let mut times = Vec::with_capacity(TRIPS);
+    let nats = reliant_bus::probe::Probe::connect(&bench.rig.nats.nats_url).await?;
+    let mut file = SyncProbe::new(bench.rig.dir(), WARM_UP + TRIPS)?;
+    let [mut times, mut rounds, mut syncs] = [const { Vec::new() }; 3];
     for number in 0..WARM_UP + TRIPS {
+        let (round, sync) = (nats.round_trip().await?, file.write()?);
         let call = ToolCallId::new();
         let mut results = bus.subscribe(&ResultSubject { daemon, call }).await?;
         bus.flush().await;
@@ -48,15 +62,26 @@ pub async fn round_trips(bench: &Bench, report: &mut Report) -> Result<()> {
             matches!(reply.outcome(), pb::DispatchOutcome::Started | pb::DispatchOutcome::Finished),
             "the daemon did not start the call: {reply:?}"
         );
-        let result = result.context("no result came")?.message;
+        let received = result.context("no result came")?;
+        let result = &received.message;
         ensure!(result.status() == pb::ToolCallStatus::Succeeded, "the call did not succeed: {result:?}");
+        let ack = pb::ResultAck {
+            call_id: result.call_id.clone(),
+            generation: result.generation,
+            outcome: pb::AckOutcome::Committed.into(),
+        };
+        received.reply(&bus, &ack).await?;
         if number >= WARM_UP {
             times.push(took);
+            rounds.push(round);
+            syncs.push(sync);
         }
     }
     let samples = Samples::of(times, US);
     report.set("tool_round_trip_us_p50", samples.at(0.5));
     report.set("tool_round_trip_us_p95", samples.at(0.95));
+    report.set("nats_round_trip_us_p50", Samples::of(rounds, US).at(0.5));
+    report.set("fdatasync_us_p50", Samples::of(syncs, US).at(0.5));
     Ok(())
 }
 

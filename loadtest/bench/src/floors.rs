@@ -1,8 +1,9 @@
 //! What no design of ours can be faster than, on this machine and in this run.
 
 use std::{
-    fs::OpenOptions,
+    fs::{File, OpenOptions},
     io::{Seek as _, Write as _},
+    path::Path,
     time::{Duration, Instant},
 };
 
@@ -11,12 +12,10 @@ use reliant_flows::FlowsConfig;
 
 use crate::{
     Bench,
-    report::{MS, Report, Samples, US},
+    report::{MS, Report, Samples},
 };
 
 const FLOOR_RUNS: usize = 60;
-const SYNCS: usize = 300;
-const ROUND_TRIPS: usize = 2000;
 const SYNC_BYTES: usize = 200;
 
 pub async fn run(bench: &Bench, report: &mut Report) -> Result<()> {
@@ -27,25 +26,26 @@ pub async fn run(bench: &Bench, report: &mut Report) -> Result<()> {
     };
     let floor = Samples::of(reliant_flows::floor::run_floor(&config, FLOOR_RUNS).await?, MS);
     report.set("temporal_floor_ms_p50", floor.at(0.5));
-    let nats = reliant_bus::probe::round_trips(&bench.rig.nats.nats_url, ROUND_TRIPS).await?;
-    report.set("nats_round_trip_us_p50", Samples::of(nats, US).at(0.5));
-    report.set("fdatasync_us_p50", Samples::of(syncs(&bench.rig)?, US).at(0.5));
     Ok(())
 }
 
-fn syncs(rig: &reliant_harness::Rig) -> Result<Vec<Duration>> {
-    let path = rig.dir().join("sync-probe");
-    let mut file = OpenOptions::new().create(true).truncate(true).write(true).open(path)?;
-    // As a journal does: within space that is there already.
-    file.write_all(&vec![0; SYNC_BYTES * SYNCS])?;
-    file.sync_all()?;
-    file.rewind()?;
-    let mut times = Vec::with_capacity(SYNCS);
-    for _ in 0..SYNCS {
-        let begun = Instant::now();
-        file.write_all(&[7; SYNC_BYTES])?;
-        file.sync_data()?;
-        times.push(begun.elapsed());
+/// A file that takes one synced write after another.
+pub struct SyncProbe(File);
+
+impl SyncProbe {
+    pub fn new(dir: &Path, writes: usize) -> Result<Self> {
+        let mut file = OpenOptions::new().create(true).truncate(true).write(true).open(dir.join("sync-probe"))?;
+        // As a journal does: within space that is there already.
+        file.write_all(&vec![0; SYNC_BYTES * writes])?;
+        file.sync_all()?;
+        file.rewind()?;
+        Ok(Self(file))
     }
-    Ok(times)
+
+    pub fn write(&mut self) -> Result<Duration> {
+        let begun = Instant::now();
+        self.0.write_all(&[7; SYNC_BYTES])?;
+        self.0.sync_data()?;
+        Ok(begun.elapsed())
+    }
 }

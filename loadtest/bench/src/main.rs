@@ -21,7 +21,7 @@ async fn main() -> Result<()> {
     let out =
         std::env::var_os("BENCH_OUT").map_or_else(|| PathBuf::from("loadtest/results/latest.json"), PathBuf::from);
     let only = std::env::args().nth(1);
-    let wanted = |name: &str| only.as_deref().is_none_or(|only| only == name);
+    let wanted = |name: &str| only.as_deref().is_none_or(|only| only.split(',').any(|part| part == name));
     let options = RigOptions {
         apis: 2,
         config: "[api.limits.rate]\ncalls_per_second = 0.0\n\n[telemetry]\nlog = \"warn\"\n".into(),
@@ -31,7 +31,7 @@ async fn main() -> Result<()> {
     let ada = rig.person("ada").await?;
     let daemon = DaemonOptions { config: "bench_tools = true\n".into(), ..Default::default() };
     let daemon = rig.daemon(&ada, "bench", daemon).await?;
-    let bench = Bench { rig, ada, daemon };
+    let mut bench = Bench { rig, ada, daemon };
     let mut report = Report::new();
     report.say("OTLP export was off; logs at level warn; zero model think time; everything on this machine");
     if wanted("floors") {
@@ -41,7 +41,7 @@ async fn main() -> Result<()> {
         turns::run(&bench, &mut report).await.context("turns")?;
     }
     if wanted("trips") {
-        daemons::round_trips(&bench, &mut report).await.context("tool round trips")?;
+        daemons::round_trips(&mut bench, &mut report).await.context("tool round trips")?;
     }
     if wanted("streams") {
         streams::run(&bench, &mut report).await.context("streams")?;

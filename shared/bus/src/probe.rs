@@ -9,28 +9,40 @@ use crate::BusError;
 const SUBJECT: &str = "reliant.v1.control.probe";
 const PAYLOAD_BYTES: usize = 200;
 
-/// `count` round trips, one after another.
-pub async fn round_trips(url: &str, count: usize) -> Result<Vec<Duration>, BusError> {
-    let (asker, answerer) = (connect(url).await?, connect(url).await?);
-    let mut questions = answerer.subscribe(SUBJECT).await.map_err(|_| BusError::Disconnected)?;
-    answerer.flush().await.map_err(|_| BusError::Disconnected)?;
-    let answers = tokio::spawn(async move {
-        while let Some(question) = questions.next().await {
-            if let Some(reply) = question.reply
-                && answerer.publish(reply, question.payload).await.is_err()
-            {
-                return;
+/// Somebody who asks, and somebody who answers.
+pub struct Probe {
+    asker: async_nats::Client,
+    answers: tokio::task::JoinHandle<()>,
+}
+
+impl Probe {
+    pub async fn connect(url: &str) -> Result<Self, BusError> {
+        let (asker, answerer) = (connect(url).await?, connect(url).await?);
+        let mut questions = answerer.subscribe(SUBJECT).await.map_err(|_| BusError::Disconnected)?;
+        answerer.flush().await.map_err(|_| BusError::Disconnected)?;
+        let answers = tokio::spawn(async move {
+            while let Some(question) = questions.next().await {
+                if let Some(reply) = question.reply
+                    && answerer.publish(reply, question.payload).await.is_err()
+                {
+                    return;
+                }
             }
-        }
-    });
-    let mut times = Vec::with_capacity(count);
-    for _ in 0..count {
-        let begun = Instant::now();
-        asker.request(SUBJECT, vec![7; PAYLOAD_BYTES].into()).await.map_err(|_| BusError::Disconnected)?;
-        times.push(begun.elapsed());
+        });
+        Ok(Self { asker, answers })
     }
-    answers.abort();
-    Ok(times)
+
+    pub async fn round_trip(&self) -> Result<Duration, BusError> {
+        let begun = Instant::now();
+        let asked = self.asker.request(SUBJECT, vec![7; PAYLOAD_BYTES].into()).await;
+        asked.map(|_| begun.elapsed()).map_err(|_| BusError::Disconnected)
+    }
+}
+
+impl Drop for Probe {
+    fn drop(&mut self) {
+        self.answers.abort();
+    }
 }
 
 async fn connect(url: &str) -> Result<async_nats::Client, BusError> {
