@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 use reliant_client::{Client, ClientConfig};
-use reliant_devstack::{StackConfig, Tools};
+use reliant_devstack::{Server, StackConfig, Tools};
 use reliant_types::pb;
 
 use crate::{
@@ -45,7 +45,7 @@ pub async fn run(global: Global, front: FrontDoor) -> Result<()> {
             Config::default()
         }
     };
-    local(&mut report, &front)?;
+    local(&mut report, &front).await?;
     api(&mut report, &front).await;
     models(&mut report, &config);
     if report.wrong > 0 {
@@ -55,20 +55,23 @@ pub async fn run(global: Global, front: FrontDoor) -> Result<()> {
     Ok(())
 }
 
-fn local(report: &mut Report, front: &FrontDoor) -> Result<()> {
+async fn local(report: &mut Report, front: &FrontDoor) -> Result<()> {
     let tools = Tools::new(StackConfig::default_tools_dir());
-    for (name, found) in [
-        ("nats-server", tools.nats().is_ok()),
-        ("temporal", tools.temporal().is_ok()),
-        ("Postgres", tools.postgres(None).is_ok()),
+    for (server, found) in [
+        (Server::Postgres, tools.postgres(None).err()),
+        (Server::Nats, tools.nats().err()),
+        (Server::Temporal, tools.temporal().err()),
     ] {
-        if found {
-            report.good(&format!("{name} is installed for `reliant up`"));
+        let variable = server.variable();
+        if let Some(url) = std::env::var(variable).ok().filter(|url| !url.is_empty()) {
+            match reliant_devstack::reachable(server, &url).await {
+                Ok(()) => report.good(&format!("{server} answers where {variable} says")),
+                Err(error) => report.bad(&error.to_string(), "`reliant up` cannot start before it answers"),
+            }
+        } else if let Some(error) = found {
+            report.bad(&format!("{server} is not installed; `reliant up` needs it"), &error.to_string());
         } else {
-            report.bad(
-                &format!("{name} is not installed; `reliant up` needs it"),
-                "run `make tools`, or point to a server that runs elsewhere",
-            );
+            report.good(&format!("{server} is installed for `reliant up`"));
         }
     }
     let dir = data_dir(&front.data_dir)?;

@@ -122,16 +122,18 @@ pub async fn start(plan: Plan) -> Result<Up> {
     if let Some(dir) = &plan.tools_dir {
         config.tools_dir = dir.clone();
     }
-    for (variable, placement) in [
-        ("DATABASE_URL", &mut config.postgres),
-        ("NATS_URL", &mut config.nats),
-        ("TEMPORAL_ADDRESS", &mut config.temporal),
+    for (server, placement) in [
+        (Server::Postgres, &mut config.postgres),
+        (Server::Nats, &mut config.nats),
+        (Server::Temporal, &mut config.temporal),
     ] {
-        if let Some(url) = std::env::var(variable).ok().filter(|url| !url.is_empty()) {
+        if let Some(url) = std::env::var(server.variable()).ok().filter(|url| !url.is_empty()) {
             *placement = Placement::External(url);
         }
     }
-    let stack = progress("servers: Postgres, NATS, Temporal", Stack::start(config)).await?;
+    let names: Vec<_> = config.private().map(Server::name).collect();
+    let what = if names.is_empty() { "no servers".to_owned() } else { format!("servers: {}", names.join(", ")) };
+    let stack = progress(&what, Stack::start(config)).await?;
 
     let key_file = plan.data_dir.join("jwt.pem");
     if !key_file.exists() {

@@ -20,6 +20,24 @@ impl Server {
             Server::Temporal => "Temporal",
         }
     }
+
+    /// The environment variable that names one that runs elsewhere.
+    pub const fn variable(self) -> &'static str {
+        match self {
+            Server::Postgres => "DATABASE_URL",
+            Server::Nats => "NATS_URL",
+            Server::Temporal => "TEMPORAL_ADDRESS",
+        }
+    }
+
+    /// Where it listens by its own custom.
+    pub(crate) const fn usual_port(self) -> u16 {
+        match self {
+            Server::Postgres => 5432,
+            Server::Nats => 4222,
+            Server::Temporal => 7233,
+        }
+    }
 }
 
 impl fmt::Display for Server {
@@ -98,6 +116,11 @@ impl StackConfig {
                 PathBuf::from(std::env::var_os("HOME").unwrap_or_else(|| "/root".into())).join(".cache/reliant/tools")
             }
         }
+    }
+
+    /// The servers that [`crate::Stack::start`] starts.
+    pub fn private(&self) -> impl Iterator<Item = Server> {
+        Server::ALL.into_iter().rev().filter(|server| matches!(self.placement(*server), Placement::Private { .. }))
     }
 
     pub(crate) fn placement(&self, server: Server) -> &Placement {

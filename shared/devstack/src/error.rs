@@ -9,9 +9,10 @@ use crate::Server;
 #[derive(Debug, thiserror::Error)]
 pub enum StackError {
     #[error(
-        "{server} is not installed ({missing} was not found); run `make tools`, or set {variable} to use one that runs elsewhere"
+        "{server} is not installed ({missing} was not found); run `make tools`, or set {} to use one that runs elsewhere",
+        server.variable()
     )]
-    ToolMissing { server: Server, missing: String, variable: &'static str },
+    ToolMissing { server: Server, missing: String },
     /// Another process owns the data directory. `info` is what it announced (see `Stack::announce`).
     #[error("already running on {} (process {})", data_dir.display(), pid.map_or("unknown".to_owned(), |pid| pid.to_string()))]
     AlreadyRunning { data_dir: PathBuf, pid: Option<u32>, info: Option<String> },
@@ -29,6 +30,11 @@ pub enum StackError {
     DatabaseName { name: String },
     #[error("psql said: {message}")]
     Sql { message: String },
+    #[error(
+        "{server} at {address} cannot be reached: {reason}; start it, or unset {} to use a private one",
+        server.variable()
+    )]
+    External { server: Server, address: String, reason: String },
     #[error("{server} is not a child of this process")]
     NotOurs { server: Server },
     #[error("could not {action} {}", path.display())]
@@ -63,6 +69,7 @@ impl From<StackError> for Failure {
             StackError::ToolMissing { .. }
             | StackError::Died { .. }
             | StackError::NotReady { .. }
+            | StackError::External { .. }
             | StackError::PostgresVersion { .. }
             | StackError::RootRefused
             | StackError::NotOurs { .. }

@@ -6,6 +6,7 @@
 
 mod config;
 mod error;
+mod external;
 mod leash;
 mod lock;
 mod mesh;
@@ -21,6 +22,7 @@ mod tools;
 
 pub use config::{Placement, Server, StackConfig};
 pub use error::StackError;
+pub use external::reachable;
 pub use lock::{DataDirLock, running_info, write_private};
 pub use mesh::{Addresses, RoleProcess, RoleSpec, cpu_ms, http_get, is_ready, resident_kib};
 pub use nats::{NatsRole, NatsUser};

@@ -11,7 +11,7 @@ use rustix::process::Signal;
 use tokio::time::{Instant, sleep};
 
 use crate::{
-    DataDirLock, NatsRole, NatsUser, Placement, Server, StackConfig, StackError, Tools, nats,
+    DataDirLock, NatsRole, NatsUser, Placement, Server, StackConfig, StackError, Tools, external, nats,
     ports::free_port,
     postgres::{self, Cluster},
     process::{Launch, POLL, Process},
@@ -71,6 +71,11 @@ impl Stack {
         // The servers run in another working directory.
         config.data_dir = path::absolute(&config.data_dir).map_err(StackError::io("find", &config.data_dir))?;
         let lock = DataDirLock::acquire(&config.data_dir)?;
+        for server in Server::ALL {
+            if let Placement::External(url) = config.placement(server) {
+                external::reachable(server, url).await?;
+            }
+        }
         let secrets = Secrets::load_or_make(&config.data_dir)?;
         let tools = Tools::new(&config.tools_dir);
         let deadline = Instant::now() + config.start_timeout;
@@ -80,9 +85,9 @@ impl Stack {
             start_temporal(&config, &tools, deadline),
         )?;
         let mut stack = Stack {
-            postgres_url: external(&config.postgres),
-            nats_url: external(&config.nats),
-            temporal_address: external(&config.temporal),
+            postgres_url: url_of(&config.postgres),
+            nats_url: url_of(&config.nats),
+            temporal_address: url_of(&config.temporal),
             temporal_metrics_url: None,
             config,
             secrets,
@@ -260,7 +265,7 @@ impl Stack {
     }
 }
 
-fn external(placement: &Placement) -> String {
+fn url_of(placement: &Placement) -> String {
     match placement {
         Placement::External(url) => url.clone(),
         Placement::Private { .. } | Placement::Off => String::new(),

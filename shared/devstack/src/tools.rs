@@ -38,19 +38,12 @@ impl Tools {
     }
 
     pub fn nats(&self) -> Result<PathBuf, StackError> {
-        self.program("nats-server").ok_or(StackError::ToolMissing {
-            server: Server::Nats,
-            missing: "nats-server".into(),
-            variable: "NATS_URL",
-        })
+        self.program("nats-server")
+            .ok_or(StackError::ToolMissing { server: Server::Nats, missing: "nats-server".into() })
     }
 
     pub fn temporal(&self) -> Result<PathBuf, StackError> {
-        self.program("temporal").ok_or(StackError::ToolMissing {
-            server: Server::Temporal,
-            missing: "temporal".into(),
-            variable: "TEMPORAL_ADDRESS",
-        })
+        self.program("temporal").ok_or(StackError::ToolMissing { server: Server::Temporal, missing: "temporal".into() })
     }
 
     /// The installation to run; `data_version` is that of the cluster that exists already.
@@ -60,7 +53,6 @@ impl Tools {
             return found.into_iter().next().ok_or(StackError::ToolMissing {
                 server: Server::Postgres,
                 missing: format!("postgres with initdb, version {POSTGRES_OLDEST} or later"),
-                variable: "DATABASE_URL",
             });
         };
         let available = found.iter().map(|tools| tools.major.to_string()).collect::<Vec<_>>().join(", ");
