@@ -15,7 +15,7 @@ BIN := $(CARGO_TARGET_DIR)/debug
 WEB := services/web
 BROWSER := tests/browser
 
-.PHONY: help up demo test bench lint fmt web web-test proto tools test-tools doctor deny sqlx build clean need-cargo need-npm
+.PHONY: help up demo test test-fresh bench lint fmt web web-test proto tools test-tools doctor deny sqlx build clean need-cargo need-npm
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ test: ## Everything that is checked, over real servers, processes and a browser 
 	@$(MAKE) -j2 test-tools lint
 	@$(BIN)/xtask sqlx --check
 	@$(BIN)/xtask test $(ARGS)
+
+test-fresh: ## `make demo` and `make up` as on a machine with nothing, Postgres hidden (10 minutes)
+	@python3 tests/fresh/fresh.py
 
 bench: web tools ## Measure it, in release (9 minutes to build); JSON to $BENCH_OUT
 	@echo "building in release; from nothing this takes about 9 minutes on two cores"
