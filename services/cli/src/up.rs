@@ -1,6 +1,7 @@
 //! `reliant up`: a whole mesh on this machine. It starts the same roles as production, each as its own process.
 
 use std::{
+    io::Write as _,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -296,8 +297,7 @@ pub fn write_private(path: &Path, bytes: &[u8]) -> Result<()> {
     Ok(reliant_devstack::write_private(path, bytes)?)
 }
 
-/// The program's own voice.
-#[expect(clippy::print_stdout, reason = "this is the command's output")]
+/// The program's own voice. Whoever closed the pipe wants no more of it, and what runs goes on.
 pub fn say(line: &str) {
-    println!("{line}");
+    let _ = writeln!(std::io::stdout(), "{line}");
 }
