@@ -177,6 +177,9 @@ impl<W: Write> Renderer<W> {
 
     fn tool_call(&mut self, call: &pb::ToolCall) -> std::io::Result<()> {
         use pb::ToolCallStatus::{Cancelled, Failed, OutcomeUnknown, Succeeded, TimedOut};
+        if !call.waiting_for.is_empty() {
+            return self.line(Style::Yellow, &format!("… {} is tried again: {}", call.tool, call.waiting_for));
+        }
         let before = std::mem::replace(&mut self.tools.entry(call.id.clone()).or_default().status, call.status);
         if before == call.status || !matches!(call.status(), Succeeded | Failed | Cancelled | TimedOut | OutcomeUnknown)
         {

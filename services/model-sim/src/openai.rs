@@ -8,8 +8,9 @@ use crate::{
     stream::Writer,
 };
 
-/// OpenAI's own limit.
+/// OpenAI's own limits: of a tool's name, of the tools of a request, and of the calls of one message.
 const NAME_MAX: usize = 64;
+const TOOLS_MAX: usize = 128;
 /// The format has no flag for a failed tool; Reliant's client marks it so.
 const ERROR_MARK: &str = "[tool error] ";
 
@@ -37,8 +38,10 @@ pub fn parse(body: &[u8]) -> Result<Ask, Refusal> {
     }
     check_pairs(&ask.items)?;
     if let Some(tools) = value.get("tools") {
-        let tools = tools.as_array().filter(|tools| (1..=1024).contains(&tools.len()));
-        for tool in tools.ok_or_else(|| Refusal::invalid("tools: a non-empty array is required"))? {
+        let tools = tools.as_array().filter(|tools| !tools.is_empty());
+        let tools = tools.ok_or_else(|| Refusal::invalid("tools: a non-empty array is required"))?;
+        check_length("tools", tools.len())?;
+        for tool in tools {
             if tool["type"] != "function" {
                 return Err(Refusal::invalid("tools: 'type' must be 'function'"));
             }
@@ -59,13 +62,14 @@ fn read(message: &Value, path: &str, items: &mut Vec<Item>) -> Result<(), Refusa
         "assistant" => {
             let calls = match message.get("tool_calls") {
                 None | Some(Value::Null) => Vec::new(),
-                Some(calls) => calls
-                    .as_array()
-                    .filter(|calls| !calls.is_empty())
-                    .ok_or_else(|| Refusal::invalid(format!("Invalid '{path}.tool_calls': empty array")))?
-                    .iter()
-                    .map(|call| read_call(call, path))
-                    .collect::<Result<_, _>>()?,
+                Some(calls) => {
+                    let calls = calls
+                        .as_array()
+                        .filter(|calls| !calls.is_empty())
+                        .ok_or_else(|| Refusal::invalid(format!("Invalid '{path}.tool_calls': empty array")))?;
+                    check_length(&format!("{path}.tool_calls"), calls.len())?;
+                    calls.iter().map(|call| read_call(call, path)).collect::<Result<_, _>>()?
+                }
             };
             let text = if message["content"].is_null() { String::new() } else { content()? };
             if text.is_empty() && calls.is_empty() {
@@ -83,6 +87,16 @@ fn read(message: &Value, path: &str, items: &mut Vec<Item>) -> Result<(), Refusa
         role => return Err(Refusal::invalid(format!("Invalid value: '{role}' at {path}.role"))),
     }
     Ok(())
+}
+
+fn check_length(what: &str, length: usize) -> Result<(), Refusal> {
+    if length <= TOOLS_MAX {
+        return Ok(());
+    }
+    Err(Refusal::invalid(format!(
+        "Invalid '{what}': array too long. Expected an array with maximum length {TOOLS_MAX}, but got an array with length \
+         {length} instead."
+    )))
 }
 
 fn content(value: &Value, path: &str) -> Result<String, Refusal> {

@@ -32,6 +32,7 @@ const CAUSE_WORDS: Record<UnknownCause, string> = {
 
 export function callWords(call: ToolCall): string {
   const parts = [CALL_WORDS[call.status] ?? "unknown state"];
+  if (call.waitingFor) parts.push(call.waitingFor);
   if (call.status === ToolCallStatus.OUTCOME_UNKNOWN) parts.push(CAUSE_WORDS[call.unknownCause] ?? "");
   if (call.exitCode !== undefined && call.exitCode !== 0) parts.push(`exit code ${call.exitCode}`);
   if (call.errorCode && call.status !== ToolCallStatus.OUTCOME_UNKNOWN) parts.push(call.errorCode);

@@ -6,7 +6,7 @@ use futures::StreamExt;
 use reliant_flows::Heart;
 use reliant_models::{BlockKind, ModelError, ModelRequest, ModelStream, ToolSpec, fit_history};
 use reliant_runtime::Backoff;
-use reliant_store::{Attempt, CommitOutcome, NewAssistant, NewBlock, NewCall};
+use reliant_store::{Attempt, CommitOutcome, NewAssistant, NewBlock, NewCall, Notice};
 use reliant_telemetry::{TraceContext, metrics::Phase};
 use reliant_types::{Code, Failure, ToolCallId, limits, pb};
 use tokio::time::Instant;
@@ -88,7 +88,7 @@ async fn answer(
         Ok(model) => model,
         Err(failure) => return Ok(Err(End::Failed(failure))),
     };
-    let mut request = context(attempt);
+    let (mut request, untold) = context(attempt, model.max_tools);
     let (messages, last) = history::to_model(&attempt.history, &attempt.model);
     request.messages = messages;
     let report = fit_history(&mut request, &model, last);
@@ -99,10 +99,14 @@ async fn answer(
         );
         return Ok(Err(End::Failed(failure)));
     }
-    let notice = report.notice().or_else(|| attempt.history_cut.then(|| HISTORY_CUT.to_owned()));
-    if let Some(notice) = notice {
-        // Once per turn: the store keeps the first.
-        let noticed = engine.store.add_notice(attempt.turn, attempt.fence, &notice).await?;
+    let shortened = report.notice().or_else(|| attempt.history_cut.then(|| HISTORY_CUT.to_owned()));
+    if let Some(notice) = shortened {
+        let noticed = engine.store.add_notice(attempt.turn, attempt.fence, Notice::OfTurn, &notice).await?;
+        engine.tell(noticed);
+    }
+    // The tools are the same for all rounds of a turn, or nearly.
+    if let Some(notice) = untold.filter(|_| attempt.iteration == 0) {
+        let noticed = engine.store.add_notice(attempt.turn, attempt.fence, Notice::OfChat, &notice).await?;
         engine.tell(noticed);
     }
     Phase::Context.observe(began.elapsed());
@@ -120,8 +124,10 @@ async fn answer(
     Ok(read.map_err(|error| if error.retryable() { End::Broken(error) } else { End::Failed(error.failure()) }))
 }
 
-fn context(attempt: &Attempt) -> ModelRequest {
-    let offered = offered(attempt);
+/// The request without its messages, and what is to be said of tools that are not in it.
+fn context(attempt: &Attempt, max_tools: usize) -> (ModelRequest, Option<String>) {
+    let mut offered = offered(attempt);
+    let notice = tools::keep_at_most(&mut offered, max_tools);
     let machine = attempt.daemon.as_ref().map(|daemon| Machine {
         hostname: &daemon.hostname,
         os: &daemon.os,
@@ -140,13 +146,14 @@ fn context(attempt: &Attempt) -> ModelRequest {
             .or_else(|_| serde_json::from_str(ANY_OBJECT))
             .unwrap_or_default(),
     };
-    ModelRequest {
+    let request = ModelRequest {
         model: attempt.model.clone(),
         system,
         messages: Vec::new(),
         tools: offered.iter().map(spec).collect(),
         max_output_tokens: 0,
-    }
+    };
+    (request, notice)
 }
 
 fn offered(attempt: &Attempt) -> Vec<&pb::ToolDeclaration> {

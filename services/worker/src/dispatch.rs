@@ -8,7 +8,7 @@ use std::{sync::Arc, time::Duration};
 use futures::StreamExt;
 use reliant_bus::{BusError, ToolSubject};
 use reliant_flows::Step;
-use reliant_store::CancelCall;
+use reliant_store::{CancelCall, DispatchOrder};
 use reliant_telemetry::{
     TraceContext, hop_span,
     metrics::{self, Phase},
@@ -43,7 +43,7 @@ pub async fn dispatch(
     turn: TurnId,
     calls: &[ToolCallId],
 ) -> Result<Step, EngineError> {
-    match send_all(engine, calls).await? {
+    match send_all(engine, chat, calls).await? {
         Sent::Taken => Ok(Step::Wait { turn, for_ms: None }),
         Sent::Changed => engine.next_step(chat).await,
         Sent::Unclear => Ok(look_again(turn)),
@@ -56,14 +56,19 @@ pub fn look_again(turn: TurnId) -> Step {
 }
 
 /// The worst of what became of them.
-pub async fn send_all(engine: &Arc<Engine>, calls: &[ToolCallId]) -> Result<Sent, EngineError> {
-    let mut sent = futures::stream::iter(calls.iter().copied())
-        .map(|call| {
+pub async fn send_all(engine: &Arc<Engine>, chat: ChatId, calls: &[ToolCallId]) -> Result<Sent, EngineError> {
+    let began = std::time::Instant::now();
+    let mut prepared = engine.store.prepare_dispatches(chat, calls).await?;
+    let orders = std::mem::take(&mut prepared.value);
+    engine.tell(prepared);
+    // Some are not to be sent any more, or not yet, or their daemon is away.
+    let mut worst = if orders.len() == calls.len() { Sent::Taken } else { Sent::Changed };
+    let mut sent = futures::stream::iter(orders)
+        .map(|order| {
             let engine = engine.clone();
-            async move { send(&engine, call).await }
+            async move { send(&engine, order, began).await }
         })
         .buffer_unordered(PARALLEL);
-    let mut worst = Sent::Taken;
     let mut failed = None;
     // All are sent even when one fails: each stands for itself.
     while let Some(outcome) = sent.next().await {
@@ -75,25 +80,18 @@ pub async fn send_all(engine: &Arc<Engine>, calls: &[ToolCallId]) -> Result<Sent
     failed.map_or(Ok(worst), Err)
 }
 
-async fn send(engine: &Arc<Engine>, call: ToolCallId) -> Result<Sent, EngineError> {
-    let began = std::time::Instant::now();
+/// `began`: when the dispatch of its round did.
+async fn send(engine: &Arc<Engine>, order: DispatchOrder, began: std::time::Instant) -> Result<Sent, EngineError> {
+    let Ok(call) = order.call.call_id.parse::<ToolCallId>() else { return Ok(Sent::Changed) };
+    let (daemon, generation) = (order.daemon, order.call.generation);
     let span = tracing::info_span!(
         "tool.dispatch",
         otel.kind = "producer",
         tool.call_id = %call,
-        tool.generation = tracing::field::Empty,
-        gen_ai.tool.name = tracing::field::Empty,
-        daemon.id = tracing::field::Empty,
+        tool.generation = generation,
+        gen_ai.tool.name = order.call.tool,
+        daemon.id = %daemon,
     );
-    let mut prepared = engine.store.prepare_dispatch(call).instrument(span.clone()).await?;
-    let order = prepared.value.take();
-    span.in_scope(|| engine.tell(prepared));
-    // Not to be sent any more, or its daemon is away.
-    let Some(order) = order else { return Ok(Sent::Changed) };
-    let (daemon, generation) = (order.daemon, order.call.generation);
-    span.record("tool.generation", generation);
-    span.record("gen_ai.tool.name", order.call.tool.as_str());
-    span.record("daemon.id", tracing::field::display(daemon));
     // What crosses is the context of a span that has ended: a kill cannot orphan what follows.
     let trace = hop_span(span);
 

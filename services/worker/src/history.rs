@@ -2,7 +2,10 @@
 //! calls and results is mended by `reliant_models::fit_history`.
 
 use reliant_models::{ChatMessage, ChatRole, LastInput, Part};
-use reliant_types::pb::{self, content_block::Block};
+use reliant_types::{
+    limits,
+    pb::{self, content_block::Block},
+};
 
 /// `model` is the model that will read it: another provider's thinking is left out, its signature would be refused.
 /// With it goes what the provider counted for the newest answer's prompt.
@@ -45,17 +48,22 @@ fn user_parts(message: &pb::Message) -> Vec<Part> {
 }
 
 fn assistant_parts(message: &pb::Message, same_provider: bool) -> Vec<Part> {
+    let mut calls = 0;
     let part = |block: &pb::ContentBlock| match &block.block {
         Some(Block::Text(text)) if !text.text.is_empty() => Some(Part::Text(text.text.clone())),
         Some(Block::Thinking(thinking)) if same_provider => {
             Some(Part::Thinking { text: thinking.text.clone(), signature: thinking.signature.clone() })
         }
-        // The call's own id stands in for the provider's: it is unique, and short enough for every provider.
-        Some(Block::ToolUse(call)) => Some(Part::ToolUse {
-            provider_id: call.tool_call_id.clone(),
-            name: call.tool.clone(),
-            input_json: call.input_json.clone(),
-        }),
+        // The call's own id stands in for the provider's: it is unique, and short enough for every provider. Calls past
+        // the limit were refused when they were made; a provider would refuse a message that has them.
+        Some(Block::ToolUse(call)) => {
+            calls += 1;
+            (calls <= limits::MESSAGE_TOOL_CALLS_MAX).then(|| Part::ToolUse {
+                provider_id: call.tool_call_id.clone(),
+                name: call.tool.clone(),
+                input_json: call.input_json.clone(),
+            })
+        }
         _ => None,
     };
     message.blocks.iter().filter_map(part).collect()

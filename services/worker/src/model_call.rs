@@ -46,7 +46,7 @@ pub async fn call_model(
             let span = tracing::info_span!("turn.dispatch", chat.id = %chat, turn.id = %turn);
             trace.set_parent(&span);
             let waiting = engine.rounds.open(&ready);
-            match dispatch::send_all(engine, &ready).instrument(span).await? {
+            match dispatch::send_all(engine, chat, &ready).instrument(span).await? {
                 Sent::Taken => waiting.wait(engine.inline_wait).await,
                 Sent::Changed => Waited::Some,
                 Sent::Unclear => return Ok(dispatch::look_again(turn)),

@@ -29,14 +29,35 @@ pub fn is_read_only(tool: &pb::ToolDeclaration) -> bool {
     tool.read_only && READ_ONLY.contains(&tool.name.as_str())
 }
 
-/// The tools of a daemon that fit the chat's root and mode.
+/// The tools of a daemon that fit the chat's root and mode: our own first as they are declared, then those of MCP
+/// servers by name. So the order does not change when a server comes up again, and a prompt's cache keeps working.
 pub fn offered<'a>(tools: &'a [pb::ToolDeclaration], root: &str, mode: pb::ChatMode) -> Vec<&'a pb::ToolDeclaration> {
-    tools
-        .iter()
-        .filter(|tool| tool.root_id.is_empty() || tool.root_id == root)
-        .filter(|tool| mode != pb::ChatMode::Plan || is_read_only(tool))
-        .take(limits::DAEMON_TOOLS_MAX)
-        .collect()
+    let fits = |tool: &&pb::ToolDeclaration| {
+        (tool.root_id.is_empty() || tool.root_id == root) && (mode != pb::ChatMode::Plan || is_read_only(tool))
+    };
+    let (mut offered, mut mcp): (Vec<_>, Vec<_>) = tools.iter().filter(fits).partition(|tool| !is_mcp(tool));
+    mcp.sort_by_key(|tool| &tool.name);
+    offered.append(&mut mcp);
+    offered.truncate(limits::DAEMON_TOOLS_MAX);
+    offered
+}
+
+fn is_mcp(tool: &pb::ToolDeclaration) -> bool {
+    tool.name.starts_with("mcp__")
+}
+
+/// Keeps what the model takes in one request. Where that is less, the chat is told by this sentence.
+pub fn keep_at_most(offered: &mut Vec<&pb::ToolDeclaration>, max: usize) -> Option<String> {
+    let all = offered.len();
+    if all <= max {
+        return None;
+    }
+    offered.truncate(max);
+    Some(format!(
+        "This chat has {all} tools and the model takes at most {max}, so {} of them are not offered to it: Reliant's own come \
+         first, then those of MCP servers by name. Remove servers from .mcp.json that this project does not need.",
+        all - max
+    ))
 }
 
 /// What the chat's mode and the tool's schema say of a call.
@@ -181,6 +202,22 @@ mod tests {
         assert_eq!(names("one", pb::ChatMode::Auto), ["read_file", "write_file", "mcp__a__b"]);
         assert_eq!(names("two", pb::ChatMode::Ask), ["read_file", "write_file"]);
         assert_eq!(names("one", pb::ChatMode::Plan), ["read_file"], "an MCP server's hint is not believed");
+    }
+
+    #[test]
+    fn our_own_tools_come_first_and_what_a_model_cannot_take_is_said() {
+        let mut tools: Vec<_> = (0..200).rev().map(|n| tool(&format!("mcp__s__{n:03}"), false, "")).collect();
+        tools.insert(70, tool("shell", false, ""));
+        tools.push(tool("read_file", true, ""));
+        let mut list = offered(&tools, "", pb::ChatMode::Auto);
+        let notice = keep_at_most(&mut list, 128).unwrap();
+        assert!(notice.contains("202 tools") && notice.contains("74 of them"), "{notice}");
+        let names: Vec<_> = list.iter().map(|tool| tool.name.as_str()).collect();
+        assert_eq!(
+            (names.len(), &names[..3], names[127]),
+            (128, &["shell", "read_file", "mcp__s__000"][..], "mcp__s__125")
+        );
+        assert_eq!(keep_at_most(&mut list, 128), None);
     }
 
     #[test]

@@ -45,6 +45,10 @@ pub struct ProviderConfig {
     /// Marks the prompt's stable parts for the provider's cache (Anthropic's format; OpenAI caches by itself).
     #[serde(default = "yes")]
     pub prompt_cache: bool,
+    /// Tools of one request; those beyond are not offered to the model. Unset: 128 for OpenAI's format, whose servers
+    /// refuse a longer list; as many as a daemon declares for Anthropic's, which documents no such limit.
+    #[serde(default)]
+    pub max_tools: Option<u32>,
 }
 
 impl ProviderConfig {
@@ -59,6 +63,7 @@ impl ProviderConfig {
             default_context_window: default_window(),
             send_traceparent: None,
             prompt_cache: true,
+            max_tools: None,
         }
     }
 }
@@ -74,6 +79,12 @@ pub struct ModelConfig {
     /// Tokens of the answer; 0: not limited by us.
     #[serde(default)]
     pub max_output_tokens: u32,
+    /// Tokens of the prompt, where the provider takes fewer than the window leaves; 0: what the window leaves.
+    #[serde(default)]
+    pub max_input_tokens: u32,
+    /// Tools of one request; unset: its provider's.
+    #[serde(default)]
+    pub max_tools: Option<u32>,
     /// US dollars per million tokens; 0: not known.
     #[serde(default)]
     pub input_price: f64,

@@ -1,8 +1,23 @@
 //! A model with its limits and prices, as a request will use it.
 
-use reliant_types::pb;
+use reliant_types::{limits, pb};
 
 use crate::{ModelConfig, ProviderConfig, ProviderKind};
+
+/// OpenAI and many servers of its format answer 400 to more: "Invalid 'tools': array too long. Expected an array with
+/// maximum length 128"; its reference for chat completions says "a max of 128 functions are supported".
+const OPENAI_TOOLS_MAX: usize = 128;
+
+fn max_tools(provider: &ProviderConfig, listed: Option<&ModelConfig>) -> usize {
+    match listed.and_then(|model| model.max_tools).or(provider.max_tools) {
+        Some(max) => max as usize,
+        None => match provider.kind {
+            ProviderKind::OpenAi => OPENAI_TOOLS_MAX,
+            // No limit on the count is documented; the window bounds what their schemas may cost.
+            ProviderKind::Anthropic => limits::DAEMON_TOOLS_MAX,
+        },
+    }
+}
 
 /// A model as a request will use it.
 #[derive(Debug, Clone, PartialEq)]
@@ -17,6 +32,10 @@ pub struct ResolvedModel {
     pub context_window: u32,
     /// Tokens; 0: not limited by us.
     pub max_output_tokens: u32,
+    /// Tokens; 0: what the window leaves.
+    pub max_input_tokens: u32,
+    /// Tools of one request.
+    pub max_tools: usize,
     /// Known by name, not only passed on.
     pub(crate) listed: bool,
     prices: Prices,
@@ -42,6 +61,8 @@ impl ResolvedModel {
             kind: provider.kind,
             context_window: listed.map_or(provider.default_context_window, |model| model.context_window),
             max_output_tokens: listed.map_or(0, |model| model.max_output_tokens),
+            max_input_tokens: listed.map_or(0, |model| model.max_input_tokens),
+            max_tools: max_tools(provider, listed),
             listed: listed.is_some(),
             prices: Prices {
                 input,
@@ -83,7 +104,8 @@ impl ResolvedModel {
             0 => (self.context_window / 8).min(8192),
             output => output,
         };
-        self.context_window.saturating_sub(reserved)
+        let left = self.context_window.saturating_sub(reserved);
+        if self.max_input_tokens == 0 { left } else { left.min(self.max_input_tokens) }
     }
 
     /// By the configured prices, which are dollars per million tokens: so millionths of a dollar per token.
@@ -99,5 +121,37 @@ impl ResolvedModel {
     /// For metric labels: names that people make up are one.
     pub(crate) fn label(&self) -> &str {
         if self.listed { &self.name } else { "other" }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::catalog;
+
+    #[test]
+    fn the_number_of_tools_is_the_models_own_or_its_providers_or_its_formats() {
+        let mut provider = ProviderConfig::new("p", ProviderKind::OpenAi, "http://x/v1", "".into());
+        let mut model = catalog::unlisted("p/m");
+        let max = |provider: &ProviderConfig, model: &ModelConfig| {
+            ResolvedModel::new("p/m", "m", provider, Some(model)).max_tools
+        };
+        assert_eq!(max(&provider, &model), 128);
+        provider.max_tools = Some(64);
+        assert_eq!(max(&provider, &model), 64);
+        model.max_tools = Some(200);
+        assert_eq!(max(&provider, &model), 200);
+        let anthropic = ProviderConfig::new("a", ProviderKind::Anthropic, "http://x", "".into());
+        assert_eq!(ResolvedModel::new("a/m", "m", &anthropic, None).max_tools, limits::DAEMON_TOOLS_MAX);
+    }
+
+    #[test]
+    fn a_prompt_has_what_the_window_leaves_or_less_where_the_provider_says_so() {
+        let provider = ProviderConfig::new("p", ProviderKind::OpenAi, "http://x/v1", "".into());
+        let mut model = ModelConfig { context_window: 400_000, max_output_tokens: 128_000, ..catalog::unlisted("p/m") };
+        let prompt = |model: &ModelConfig| ResolvedModel::new("p/m", "m", &provider, Some(model)).prompt_tokens(0);
+        assert_eq!(prompt(&model), 300_000);
+        model.max_input_tokens = 272_000;
+        assert_eq!(prompt(&model), 272_000);
     }
 }

@@ -11,7 +11,8 @@ use reliant_types::{
 use uuid::Uuid;
 
 use crate::{
-    Attempt, Claim, CommitOutcome, Committed, DaemonTools, NewAssistant, NewBlock, NewCall, Result, Store, StoreError,
+    Attempt, Claim, CommitOutcome, Committed, DaemonTools, NewAssistant, NewBlock, NewCall, Notice, Result, Store,
+    StoreError,
     chat_tx::{ChatTx, Key, NewMessage},
     rows::{CallRow, MessageRow, TurnRow, calls, clean, declarations, incarnation, mode, turns},
     settle::{self, TurnEnding},
@@ -178,15 +179,19 @@ impl Store {
         tx.commit(CommitOutcome::Committed { turn_ended: ends }).await
     }
 
-    /// A notice of the platform in this turn; a second one of the same turn is not stored.
-    pub async fn add_notice(&self, turn: TurnId, fence: i64, text: &str) -> Result<Committed<()>> {
+    /// A notice of the platform in this turn. What was said before, as `notice` says it, is not said again.
+    pub async fn add_notice(&self, turn: TurnId, fence: i64, notice: Notice, text: &str) -> Result<Committed<()>> {
         self.run("add_notice", async || {
             let mut tx = ChatTx::open(self, Key::Turn(turn)).await?.ok_or(StoreError::not_found("turn"))?;
+            // The numbers in the text of a turn's notice grow from round to round: its first words tell what it is about.
             let row = sqlx::query_scalar!(
                 "SELECT t.ordinal FROM turns t WHERE t.id = $1 AND t.fence = $2 AND t.ended_at IS NULL
-                   AND NOT EXISTS (SELECT FROM messages m WHERE m.turn_id = t.id AND m.role = 'notice')",
+                   AND NOT EXISTS (SELECT FROM messages m WHERE m.chat_id = t.chat_id AND m.role = 'notice'
+                       AND CASE WHEN $3 THEN m.body = $4 ELSE m.turn_id = t.id AND left(m.body, 20) = left($4, 20) END)",
                 turn.0,
                 fence,
+                notice == Notice::OfChat,
+                clean(text),
             )
             .fetch_optional(tx.conn())
             .await?;

@@ -35,6 +35,8 @@ pub struct Call {
     pub sent: bool,
     /// The newest dispatch.
     pub dispatched_ms: Option<i64>,
+    /// Its daemon had no room: not to be sent before then.
+    pub not_before_ms: Option<i64>,
     pub timeout_ms: i64,
     pub repeatable: bool,
     pub cancel_asked: bool,
@@ -69,7 +71,7 @@ pub enum Settlement {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WaitReason {
-    /// A daemon works, or is about to say that it does. The turn's clock runs.
+    /// A daemon works, is about to say that it does, or has no room and is asked again. The turn's clock runs.
     Tools,
     /// A person must decide. The clock stands.
     Approval,
@@ -144,7 +146,7 @@ pub fn decide(rows: &Snapshot) -> Decision {
     if !ready.is_empty() {
         return Decision::Dispatch { turn: turn.id, calls: ready };
     }
-    let reason = if open.iter().any(|call| call.sent && call.daemon == Daemon::Here) {
+    let reason = if open.iter().any(|call| call.daemon == Daemon::Here && (call.sent || send_at(call).is_some())) {
         WaitReason::Tools
     } else if open.iter().any(|call| call.status == pb::ToolCallStatus::WaitingApproval) {
         WaitReason::Approval
@@ -186,16 +188,24 @@ fn send_at(call: &Call) -> Option<i64> {
     if call.cancel_asked || !matches!(call.daemon, Daemon::Here | Daemon::OtherJournal) {
         return None;
     }
-    match call.status {
-        pb::ToolCallStatus::Pending | pb::ToolCallStatus::WaitingDaemon => Some(i64::MIN),
+    let due = match call.status {
+        pb::ToolCallStatus::Pending | pb::ToolCallStatus::WaitingDaemon => i64::MIN,
         pb::ToolCallStatus::Dispatched => {
-            Some(call.dispatched_ms.map_or(i64::MIN, |at| at.saturating_add(ms(limits::REDISPATCH_AFTER))))
+            call.dispatched_ms.map_or(i64::MIN, |at| at.saturating_add(ms(limits::REDISPATCH_AFTER)))
         }
-        pb::ToolCallStatus::Running => Some(call.dispatched_ms.map_or(i64::MIN, |at| {
+        pb::ToolCallStatus::Running => call.dispatched_ms.map_or(i64::MIN, |at| {
             at.saturating_add(call.timeout_ms.max(0)).saturating_add(ms(limits::REATTACH_AFTER))
-        })),
-        _ => None,
-    }
+        }),
+        _ => return None,
+    };
+    Some(due.max(call.not_before_ms.unwrap_or(i64::MIN)))
+}
+
+/// After so many refusals a call is sent again so much later. `salt` keeps calls that were refused together apart.
+pub(crate) fn refused_again_after(refusals: i32, salt: u128) -> std::time::Duration {
+    let doubled = limits::REFUSED_AGAIN_MIN * 2u32.pow(refusals.clamp(0, 10).unsigned_abs());
+    let delay = doubled.min(limits::REFUSED_AGAIN_MAX);
+    delay.mul_f64(0.75 + (salt % 256) as f64 / 512.0)
 }
 
 #[cfg(test)]

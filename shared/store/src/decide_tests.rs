@@ -29,11 +29,12 @@ prop_compose! {
     fn call()(
         turn in 1u128..4, status in open_status(), at in prop::option::of(-HOUR..4 * HOUR), timeout_ms in -5i64..HOUR,
         repeatable: bool, cancel_asked in prop::bool::weighted(0.2), daemon in daemon(), wild in prop::bool::weighted(0.1),
+        not_before_ms in prop::option::weighted(0.2, 0..4 * HOUR),
     ) -> Call {
         let sent = wild || matches!(status, Status::Dispatched | Status::Running);
         Call {
             id: ToolCallId(Uuid::nil()), turn: TurnId(id(turn)), status, sent, dispatched_ms: at, timeout_ms, repeatable,
-            cancel_asked, daemon,
+            cancel_asked, daemon, not_before_ms,
         }
     }
 }
@@ -89,6 +90,7 @@ proptest! {
                     prop_assert!(!call.cancel_asked);
                     prop_assert!(matches!(call.daemon, Daemon::Here | Daemon::OtherJournal));
                     prop_assert!(!(call.sent && call.daemon == Daemon::OtherJournal), "only its own journal gets it again");
+                    prop_assert!(call.not_before_ms.is_none_or(|at| rows.now_ms >= at), "its daemon has no room yet");
                 }
             }
             Decision::Wait { until_ms, reason, .. } => {
@@ -96,7 +98,8 @@ proptest! {
                 prop_assert!(until_ms.is_none_or(|at| at > rows.now_ms), "a wait ends later than now");
                 match reason {
                     WaitReason::Tools => {
-                        prop_assert!(of_turn.iter().any(|call| call.sent && call.daemon == Daemon::Here));
+                        let works = |call: &&&Call| call.daemon == Daemon::Here && (call.sent || call.not_before_ms.is_some());
+                        prop_assert!(of_turn.iter().any(|call| works(&call)));
                         let limited = of_turn.iter().all(|call| call.cancel_asked || call.daemon != Daemon::Here || !call.sent
                             || call.status == Status::WaitingApproval);
                         prop_assert!(until_ms.is_some() || limited, "a sent call is looked at again");
@@ -167,6 +170,7 @@ fn sent(status: Status, daemon: Daemon) -> Call {
         status,
         sent: true,
         dispatched_ms: Some(0),
+        not_before_ms: None,
         timeout_ms: 1_000,
         repeatable: false,
         cancel_asked: false,
@@ -182,6 +186,29 @@ fn a_lost_reply_is_sent_again_a_little_later() {
     assert_eq!(decide(&rows), Decision::Wait { turn, until_ms: Some(at), reason: WaitReason::Tools });
     rows.now_ms = at;
     assert_eq!(decide(&rows), Decision::Dispatch { turn, calls: vec![ToolCallId(id(9))] });
+}
+
+#[test]
+fn a_call_that_found_no_room_waits_with_the_clock_running() {
+    let pending = Call { sent: false, dispatched_ms: None, ..sent(Status::Pending, Daemon::Here) };
+    let mut rows = one(Call { not_before_ms: Some(3_000), ..pending });
+    let turn = TurnId(id(1));
+    assert_eq!(decide(&rows), Decision::Wait { turn, until_ms: Some(3_000), reason: WaitReason::Tools });
+    rows.turn.as_mut().unwrap().deadline_ms = Some(2_000);
+    assert_eq!(decide(&rows), Decision::Wait { turn, until_ms: Some(2_000), reason: WaitReason::Tools });
+    rows.now_ms = 2_000;
+    assert_eq!(decide(&rows), Decision::Fail { turn, code: Code::TurnDeadline });
+    rows.turn.as_mut().unwrap().deadline_ms = Some(HOUR);
+    rows.now_ms = 3_000;
+    assert_eq!(decide(&rows), Decision::Dispatch { turn, calls: vec![ToolCallId(id(9))] });
+}
+
+#[test]
+fn refused_calls_come_again_later_each_time_but_never_much_later() {
+    let after = |refusals| refused_again_after(refusals, 128);
+    assert_eq!([after(0), after(1), after(3)], [1, 2, 8].map(|times| limits::REFUSED_AGAIN_MIN * times));
+    assert_eq!(after(i32::MAX), limits::REFUSED_AGAIN_MAX);
+    assert!(refused_again_after(0, 0) < refused_again_after(0, 255));
 }
 
 #[test]

@@ -2,32 +2,42 @@
 //! is: once any generation was sent, only the daemon's journal says how the call ended.
 
 use reliant_types::{
-    Code, DaemonId, Failure, ToolCallId, TurnId, UserId,
+    ChatId, Code, DaemonId, Failure, ToolCallId, TurnId, UserId,
     pb::{self, chat_event::Kind},
 };
+use uuid::Uuid;
 
 use crate::{
     Committed, DispatchOrder, Result, Store, StoreError,
     chat_tx::{ChatTx, Key},
-    decide::Settlement,
+    decide::{Settlement, refused_again_after},
     drive::settle_call,
     rows::{CallRow, calls, clean, declarations},
     settle::{self, Ending},
 };
 
+/// A daemon's reason, as it is shown.
+const WAITING_FOR_MAX_BYTES: usize = 500;
+
 impl Store {
-    /// Makes the next dispatch of the call durable. None: it is not to be sent now (it ended, waits for a person, or its
-    /// daemon is away), and the turn's next step says what is.
-    pub async fn prepare_dispatch(&self, call: ToolCallId) -> Result<Committed<Option<DispatchOrder>>> {
-        self.run("prepare_dispatch", async || {
-            let mut tx = ChatTx::open(self, Key::Call(call)).await?.ok_or(StoreError::not_found("tool call"))?;
-            let order = prepare(&mut tx, call).await?;
-            tx.commit(order).await
+    /// Makes the next dispatch of these calls of one chat durable, all in one transaction: each would else wait for the
+    /// chat's row, one behind the other. A call that is not to be sent now (it ended, waits for a person, or its daemon is
+    /// away or without room) has no order, and the turn's next step says what is.
+    pub async fn prepare_dispatches(
+        &self,
+        chat: ChatId,
+        calls: &[ToolCallId],
+    ) -> Result<Committed<Vec<DispatchOrder>>> {
+        self.run("prepare_dispatches", async || {
+            let mut tx = ChatTx::open(self, Key::Chat(chat)).await?.ok_or(StoreError::not_found("chat"))?;
+            let orders = prepare(&mut tx, calls).await?;
+            tx.commit(orders).await
         })
         .await
     }
 
-    /// The daemon answered. STARTED and ATTACHED mark the call as running; REFUSED and TOMBSTONE end it.
+    /// The daemon answered. STARTED and ATTACHED mark the call as running; TOMBSTONE ends it, and so does REFUSED
+    /// unless the daemon has no room, or another journal.
     pub async fn dispatch_replied(
         &self,
         call: ToolCallId,
@@ -136,95 +146,134 @@ async fn end(tx: &mut ChatTx, call: ToolCallId, ending: Ending) -> Result<()> {
     Ok(())
 }
 
-async fn prepare(tx: &mut ChatTx, call: ToolCallId) -> Result<Option<DispatchOrder>> {
-    let Some(row) = open_call(tx, call).await? else { return Ok(None) };
-    let waits = matches!(row.status.as_str(), "pending" | "waiting_daemon" | "dispatched" | "running");
-    if row.turn_ended || row.cancel_asked_at.is_some() || !waits {
-        return Ok(None);
-    }
-    let sent = row.sent > 0;
-    let chosen = if sent { row.daemon_id } else { tx.chat.daemon_id };
-    let daemon = sqlx::query!(
-        r#"SELECT d.id, d.incarnation, d.declarations, COALESCE(l.expires_at > clock_timestamp(), false) AS "here!"
-           FROM daemons d LEFT JOIN daemon_leases l ON l.daemon_id = d.id WHERE d.id = $1 AND d.revoked_at IS NULL"#,
-        chosen,
+/// To whom calls go: the daemon, its journal, and the root.
+type Target = (Uuid, Uuid, String);
+
+async fn prepare(tx: &mut ChatTx, calls: &[ToolCallId]) -> Result<Vec<DispatchOrder>> {
+    let ids: Vec<Uuid> = calls.iter().map(|call| call.0).collect();
+    let rows = calls!(
+        SELECT "WHERE c.id = ANY($1) AND c.chat_id = $2 AND c.ended_at IS NULL ORDER BY t.ordinal, c.iteration, c.index",
+        &ids,
+        tx.chat.id
     )
-    .fetch_optional(tx.conn())
+    .fetch_all(tx.conn())
     .await?;
-    let Some(daemon) = daemon else {
-        let settlement = if sent { Settlement::DaemonAway } else { Settlement::NoDaemon };
-        settle_call(tx, call, settlement).await?;
-        return Ok(None);
-    };
-    let Some(journal) = daemon.incarnation.filter(|_| daemon.here) else {
-        if !sent {
-            wait_for(tx, &row, daemon.id).await?;
-        }
-        return Ok(None);
-    };
-    if sent && row.incarnation != Some(journal) {
-        let settlement = if row.repeatable { Settlement::Again } else { Settlement::JournalLost };
-        settle_call(tx, call, settlement).await?;
-        return Ok(None);
-    }
-    let root = match (sent, tx.chat.root_id.is_empty()) {
-        (true, _) => row.root_id.clone(),
-        (false, false) => tx.chat.root_id.clone(),
-        (false, true) => {
-            declarations(&daemon.declarations).roots.into_iter().next().map(|root| root.id).unwrap_or_default()
-        }
-    };
     let now = tx.now;
-    let row = calls!(
+    let due = |row: &CallRow| {
+        let waits = matches!(row.status.as_str(), "pending" | "waiting_daemon" | "dispatched" | "running");
+        waits && !row.turn_ended && row.cancel_asked_at.is_none() && row.not_before.is_none_or(|at| at <= now)
+    };
+    let rows: Vec<CallRow> = rows.into_iter().filter(due).collect();
+    let of_chat = tx.chat.daemon_id;
+    let chosen = |row: &CallRow| if row.sent > 0 { row.daemon_id } else { of_chat };
+    let wanted: Vec<Uuid> = rows.iter().filter_map(chosen).collect();
+    let daemons = sqlx::query!(
+        r#"SELECT d.id, d.incarnation, d.declarations, COALESCE(l.expires_at > clock_timestamp(), false) AS "here!"
+           FROM daemons d LEFT JOIN daemon_leases l ON l.daemon_id = d.id WHERE d.id = ANY($1) AND d.revoked_at IS NULL"#,
+        &wanted,
+    )
+    .fetch_all(&mut *tx.conn())
+    .await?;
+    let (mut waiting, mut settled) = (Vec::new(), Vec::new());
+    // Nearly always one target; the calls of a chat that changed its daemon may have two.
+    let mut sending: Vec<(Target, Vec<Uuid>)> = Vec::new();
+    for row in &rows {
+        let sent = row.sent > 0;
+        let Some(daemon) = daemons.iter().find(|daemon| Some(daemon.id) == chosen(row)) else {
+            settled.push((row.id, if sent { Settlement::DaemonAway } else { Settlement::NoDaemon }));
+            continue;
+        };
+        let Some(journal) = daemon.incarnation.filter(|_| daemon.here) else {
+            let told = row.status == "waiting_daemon" && row.daemon_id == Some(daemon.id);
+            if !sent && !told {
+                waiting.push(row.id);
+            }
+            continue;
+        };
+        if sent && row.incarnation != Some(journal) {
+            settled.push((row.id, if row.repeatable { Settlement::Again } else { Settlement::JournalLost }));
+            continue;
+        }
+        let root = match (sent, tx.chat.root_id.is_empty()) {
+            (true, _) => row.root_id.clone(),
+            (false, false) => tx.chat.root_id.clone(),
+            (false, true) => {
+                declarations(&daemon.declarations).roots.into_iter().next().map(|root| root.id).unwrap_or_default()
+            }
+        };
+        let target = (daemon.id, journal, clean(&root));
+        match sending.iter_mut().find(|(known, _)| *known == target) {
+            Some((_, ids)) => ids.push(row.id),
+            None => sending.push((target, vec![row.id])),
+        }
+    }
+    for (call, settlement) in settled {
+        settle_call(tx, ToolCallId(call), settlement).await?;
+    }
+    if !waiting.is_empty() {
+        let rows = calls!(
+            UPDATE "status = 'waiting_daemon', daemon_id = $2" WHERE "c.id = ANY($1)",
+            &waiting,
+            of_chat
+        )
+        .fetch_all(tx.conn())
+        .await?;
+        log(tx, rows);
+    }
+    let mut orders = Vec::new();
+    for (target, ids) in sending {
+        orders.extend(send(tx, target, &ids).await?);
+    }
+    Ok(orders)
+}
+
+/// Logs changed calls in the order in which the model made them.
+fn log(tx: &mut ChatTx, mut rows: Vec<CallRow>) -> Vec<CallRow> {
+    rows.sort_by_key(|row| (row.turn_ordinal, row.iteration, row.index));
+    for row in &rows {
+        tx.event(Kind::ToolCallChanged(row.changed()));
+    }
+    rows
+}
+
+async fn send(tx: &mut ChatTx, target: Target, ids: &[Uuid]) -> Result<Vec<DispatchOrder>> {
+    let (now, (daemon, journal, root)) = (tx.now, target);
+    let rows = calls!(
         UPDATE "generation = generation + 1, sent = sent + 1, daemon_id = $2, incarnation = $3, root_id = $4, dispatched_at = $5,
+                not_before = NULL, waiting_for = '',
                 status = CASE WHEN c.status = 'running' THEN c.status ELSE 'dispatched' END"
-        WHERE "c.id = $1",
-        call.0,
-        daemon.id,
+        WHERE "c.id = ANY($1)",
+        ids,
+        daemon,
         journal,
-        clean(&root),
+        root,
         now,
     )
-    .fetch_one(tx.conn())
+    .fetch_all(tx.conn())
     .await?;
-    tx.event(Kind::ToolCallChanged(row.changed()));
-    let dispatch = pb::Dispatch {
-        call_id: row.id.to_string(),
-        generation: row.generation,
-        chat_id: row.chat_id.to_string(),
-        user_id: tx.chat.user_id.to_string(),
-        incarnation: journal.to_string(),
-        root_id: row.root_id.clone(),
-        tool: row.tool.clone(),
-        input_json: row.input.clone(),
-        timeout_ms: row.timeout_ms,
-        turn_id: row.turn_id.to_string(),
-        iteration: row.iteration,
-        index: row.index,
-    };
-    Ok(Some(DispatchOrder {
-        call: dispatch,
-        daemon: DaemonId(daemon.id),
+    let rows = log(tx, rows);
+    let order = |row: CallRow| DispatchOrder {
+        call: pb::Dispatch {
+            call_id: row.id.to_string(),
+            generation: row.generation,
+            chat_id: row.chat_id.to_string(),
+            user_id: tx.chat.user_id.to_string(),
+            incarnation: journal.to_string(),
+            root_id: row.root_id,
+            tool: row.tool,
+            input_json: row.input,
+            timeout_ms: row.timeout_ms,
+            turn_id: row.turn_id.to_string(),
+            iteration: row.iteration,
+            index: row.index,
+        },
+        daemon: DaemonId(daemon),
         chat: tx.chat.chat(),
         user: UserId(tx.chat.user_id),
         turn: TurnId(row.turn_id),
         traceparent: row.traceparent,
-    }))
-}
-
-async fn wait_for(tx: &mut ChatTx, call: &CallRow, daemon: uuid::Uuid) -> Result<()> {
-    if call.status == "waiting_daemon" && call.daemon_id == Some(daemon) {
-        return Ok(());
-    }
-    let row = calls!(
-        UPDATE "status = 'waiting_daemon', daemon_id = $2" WHERE "c.id = $1",
-        call.id,
-        daemon
-    )
-    .fetch_one(tx.conn())
-    .await?;
-    tx.event(Kind::ToolCallChanged(row.changed()));
-    Ok(())
+    };
+    Ok(rows.into_iter().map(order).collect())
 }
 
 /// The journal started nothing, and has nothing of this call.
@@ -234,8 +283,11 @@ async fn refused(tx: &mut ChatTx, call: ToolCallId, generation: i64, reply: &pb:
     };
     let other =
         !reply.incarnation.is_empty() && row.incarnation.is_some_and(|own| own.to_string() != reply.incarnation);
+    let code = Code::parse(&reply.error_code);
+    if !other && matches!(code, Code::QueueFull | Code::JournalFull) {
+        return no_room(tx, &row, reply).await;
+    }
     if !other {
-        let code = Code::parse(&reply.error_code);
         let text = if reply.message.is_empty() { "The daemon refused the call." } else { reply.message.as_str() };
         return end(tx, call, Ending::failed(&Failure::new(code, clean(text)))).await;
     }
@@ -251,6 +303,28 @@ async fn refused(tx: &mut ChatTx, call: ToolCallId, generation: i64, reply: &pb:
     .await?;
     tx.event(Kind::ToolCallChanged(row.changed()));
     tx.want(&row.traceparent);
+    Ok(())
+}
+
+/// The daemon has no room now, and did nothing with this generation. The call is sent again, later each time, for as long
+/// as its turn may take; whoever asked for the dispatch looks at the chat next, and a relay does if that one dies.
+async fn no_room(tx: &mut ChatTx, row: &CallRow, reply: &pb::DispatchReply) -> Result<()> {
+    let salt = row.id.as_u128() ^ row.generation.unsigned_abs() as u128;
+    let again = tx.now + refused_again_after(row.refusals, salt);
+    let reason = if reply.message.is_empty() { "the daemon has no room for the call" } else { reply.message.as_str() };
+    let row = calls!(
+        UPDATE "refusals = refusals + 1, not_before = $2, waiting_for = $3, sent = sent - 1,
+                status = CASE WHEN sent = 1 THEN 'pending' ELSE c.status END,
+                incarnation = CASE WHEN sent = 1 THEN NULL ELSE incarnation END,
+                dispatched_at = CASE WHEN sent = 1 THEN NULL ELSE dispatched_at END"
+        WHERE "c.id = $1",
+        row.id,
+        again,
+        clean(&reason[..reason.floor_char_boundary(WAITING_FOR_MAX_BYTES)]),
+    )
+    .fetch_one(tx.conn())
+    .await?;
+    tx.event(Kind::ToolCallChanged(row.changed()));
     Ok(())
 }
 

@@ -128,6 +128,7 @@ async fn read(db: impl PgExecutor<'_>, chat: ChatId) -> Result<Rows> {
                   (extract(epoch FROM t.deadline_at) * 1000)::bigint AS deadline_ms,
                   k.id AS "call?", k.turn_id AS "call_turn?", k.status AS "call_status?", k.sent AS "sent?",
                   (extract(epoch FROM k.dispatched_at) * 1000)::bigint AS dispatched_ms,
+                  (extract(epoch FROM k.not_before) * 1000)::bigint AS not_before_ms,
                   k.timeout_ms AS "timeout_ms?", k.repeatable AS "repeatable?", k.cancel_asked_at,
                   d.id AS "daemon?", l.expires_at > clock_timestamp() AS here, d.incarnation = k.incarnation AS same_journal
            FROM chats c
@@ -163,6 +164,7 @@ async fn read(db: impl PgExecutor<'_>, chat: ChatId) -> Result<Rows> {
             status: call_status(row.call_status.as_deref()?),
             sent,
             dispatched_ms: row.dispatched_ms,
+            not_before_ms: row.not_before_ms,
             timeout_ms: row.timeout_ms?,
             repeatable: row.repeatable?,
             cancel_asked: row.cancel_asked_at.is_some(),

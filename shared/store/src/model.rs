@@ -263,6 +263,15 @@ pub struct NewCall {
     pub refused: Option<Failure>,
 }
 
+/// How often a notice is said.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Notice {
+    /// Once in a turn, even when its numbers change.
+    OfTurn,
+    /// Once in a chat, until its text changes.
+    OfChat,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CommitOutcome {
     Committed {

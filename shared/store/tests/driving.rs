@@ -77,7 +77,7 @@ async fn a_zombie_changes_nothing() {
     let failure = Failure::new(Code::ProviderRejected, "no");
     assert!(!world.store().fail_turn(turn, Some(zombie.fence), &failure).await.unwrap().value);
     let _ = world.store().release_attempt(turn, zombie.fence).await.unwrap();
-    let _ = world.store().add_notice(turn, zombie.fence, "shortened").await.unwrap();
+    let _ = world.store().add_notice(turn, zombie.fence, Notice::OfTurn, "shortened").await.unwrap();
     let done = world.store().commit_message(answer(heir, "in time", vec![])).await.unwrap();
     assert_eq!(done.value, CommitOutcome::Committed { turn_ended: true });
     let again = world.store().commit_message(answer(heir, "in time", vec![])).await.unwrap();
@@ -109,12 +109,35 @@ async fn the_history_of_a_turn_knows_nothing_of_later_ones_and_no_notices() {
     world.turn("b").await;
     let attempt = world.claim(turn, 0).await;
     for _ in 0..2 {
-        let _ = world.store().add_notice(turn, attempt.fence, "history was shortened").await.unwrap();
+        let text = "history was shortened";
+        let _ = world.store().add_notice(turn, attempt.fence, Notice::OfTurn, text).await.unwrap();
     }
     let attempt = world.claim(turn, 0).await;
     assert_eq!(attempt.history.iter().map(text).collect::<Vec<_>>(), ["text of a"]);
-    let notices = world.messages().await.iter().filter(|message| message.role() == pb::Role::Notice).count();
-    assert_eq!(notices, 1, "once per turn");
+    assert_eq!(notices(&world).await, ["history was shortened"], "once per turn");
+}
+
+async fn notices(world: &World) -> Vec<String> {
+    world.messages().await.iter().filter(|message| message.role() == pb::Role::Notice).map(text).collect()
+}
+
+#[tokio::test]
+async fn a_notice_of_the_chat_is_said_again_only_when_it_changes() {
+    let world = World::new().await;
+    for said in ["5 tools are not offered", "5 tools are not offered", "6 tools are not offered"] {
+        let turn = world.turn(&uuid::Uuid::new_v4().to_string()).await;
+        let attempt = world.claim(turn, 0).await;
+        for _ in 0..2 {
+            let _ = world.store().add_notice(turn, attempt.fence, Notice::OfChat, said).await.unwrap();
+        }
+        // It does not stand in the way of a turn's own.
+        let own = "history was shortened";
+        let _ = world.store().add_notice(turn, attempt.fence, Notice::OfTurn, own).await.unwrap();
+        let _ = world.store().commit_message(answer(&attempt, "done", vec![])).await.unwrap();
+    }
+    let of_chat: Vec<_> = notices(&world).await.into_iter().filter(|text| text.contains("tools")).collect();
+    assert_eq!(of_chat, ["5 tools are not offered", "6 tools are not offered"]);
+    assert_eq!(notices(&world).await.len(), 5);
 }
 
 #[tokio::test]

@@ -83,8 +83,8 @@ async fn refused_and_buried_dispatches_settle() {
     let world = World::new().await;
     let reply = |outcome: pb::DispatchOutcome| pb::DispatchReply {
         outcome: outcome as i32,
-        error_code: "JOURNAL_FULL".into(),
-        message: "the journal is full".into(),
+        error_code: "PATH_OUTSIDE_ROOT".into(),
+        message: "this daemon offers no such root".into(),
         ..Default::default()
     };
     let (turn, call, generation) = world.dispatched().await;
@@ -94,12 +94,97 @@ async fn refused_and_buried_dispatches_settle() {
     let refused = world.store().dispatch_replied(call, generation, &reply(pb::DispatchOutcome::Refused)).await.unwrap();
     assert_eq!(kinds(&refused.events), ["call FAILED", "message TOOL"]);
     let row = &world.calls(turn).await[0];
-    assert_eq!((row.error_code.as_str(), row.result.as_str()), ("JOURNAL_FULL", "the journal is full"));
+    assert_eq!(
+        (row.error_code.as_str(), row.result.as_str()),
+        ("PATH_OUTSIDE_ROOT", "this daemon offers no such root")
+    );
     let _ = world.store().request_cancel(world.user, turn).await.unwrap();
 
     let (turn, call, generation) = world.dispatched().await;
     let _ = world.store().dispatch_replied(call, generation, &reply(pb::DispatchOutcome::Tombstone)).await.unwrap();
     assert_eq!(world.call_status(turn).await, Status::OutcomeUnknown, "nobody asked for a cancel");
+}
+
+fn no_room(code: &str) -> pb::DispatchReply {
+    pb::DispatchReply {
+        outcome: pb::DispatchOutcome::Refused as i32,
+        error_code: code.into(),
+        message: "256 calls run on this daemon".into(),
+        ..Default::default()
+    }
+}
+
+#[tokio::test]
+async fn a_call_that_finds_no_room_is_sent_again_and_says_what_it_waits_for() {
+    let world = World::new().await;
+    let (turn, calls) = world.asked(vec![call(0, "shell")]).await;
+    let mut last = 0;
+    for code in ["QUEUE_FULL", "JOURNAL_FULL"] {
+        let generation = world.dispatch(calls[0]).await;
+        assert!(generation > last, "a daemon may have seen the last one");
+        last = generation;
+        let refused = world.store().dispatch_replied(calls[0], generation, &no_room(code)).await.unwrap();
+        assert_eq!(kinds(&refused.events), ["call PENDING"]);
+        let row = &world.calls(turn).await[0];
+        assert_eq!((row.waiting_for.as_str(), row.error_code.as_str()), ("256 calls run on this daemon", ""));
+        assert!(world.store().prepare_dispatches(world.chat, &calls).await.unwrap().value.is_empty(), "not yet");
+        let step = world.step().await;
+        assert!(matches!(step, Step::Wait { for_ms: Some(1..=1500), .. }), "{step:?}");
+        assert_eq!(world.turn_status(turn).await, pb::TurnStatus::Running, "its clock runs");
+        world.db.execute("UPDATE tool_calls SET not_before = now()").await;
+        assert_eq!(world.step().await, Step::Dispatch { turn, calls: calls.clone() });
+    }
+    let generation = world.dispatch(calls[0]).await;
+    assert_eq!(world.calls(turn).await[0].waiting_for, "", "it was sent");
+    assert_eq!(world.ack(&world.result(calls[0], generation, "ok")).await, pb::AckOutcome::Committed);
+    assert_eq!(world.call_status(turn).await, Status::Succeeded);
+    world.log().await;
+}
+
+#[tokio::test]
+async fn a_running_call_whose_repetition_finds_no_room_runs_on() {
+    let world = World::new().await;
+    let (turn, call, first) = world.dispatched().await;
+    world.db.execute("UPDATE tool_calls SET dispatched_at = now() - interval '1 minute'").await;
+    let second = world.dispatch(call).await;
+    let _ = world.store().dispatch_replied(call, second, &no_room("QUEUE_FULL")).await.unwrap();
+    assert_eq!(world.call_status(turn).await, Status::Dispatched, "only this repetition did nothing");
+    assert!(matches!(world.step().await, Step::Wait { for_ms: Some(_), .. }));
+    assert_eq!(world.ack(&world.result(call, first, "ok")).await, pb::AckOutcome::Committed);
+}
+
+#[tokio::test]
+async fn a_turn_that_waits_for_room_ends_at_its_deadline() {
+    let world = World::new().await;
+    let (turn, call, generation) = world.dispatched().await;
+    let _ = world.store().dispatch_replied(call, generation, &no_room("QUEUE_FULL")).await.unwrap();
+    world.db.execute("UPDATE turns SET deadline_at = now() - interval '1 second'").await;
+    assert_eq!(world.step().await, Step::Idle);
+    let (row, calls) = world.store().get_turn(world.user, turn).await.unwrap();
+    assert_eq!((row.status(), row.error_code.as_str()), (pb::TurnStatus::Failed, "TURN_DEADLINE"));
+    assert_eq!(calls[0].status(), Status::Cancelled, "it never ran");
+}
+
+#[tokio::test]
+async fn all_calls_of_a_round_are_sent_by_one_transaction() {
+    let world = World::new().await;
+    let (turn, calls) = world.asked((0..8).map(|index| call(index, "shell")).collect()).await;
+    let mut shuffled = calls.clone();
+    shuffled.reverse();
+    let prepared = world.store().prepare_dispatches(world.chat, &shuffled).await.unwrap();
+    let sent: Vec<ToolCallId> = prepared.value.iter().map(|order| order.call.call_id.parse().unwrap()).collect();
+    assert_eq!(sent, calls, "in the order of the message");
+    assert_eq!(kinds(&prepared.events), vec!["call DISPATCHED"; 8]);
+    let times = "SELECT count(DISTINCT created_at) FROM events WHERE kind = 'tool_call_changed' AND seq > (
+                 SELECT max(seq) - 8 FROM events)";
+    assert_eq!(world.db.number(times).await, 1);
+    // Those that may not be sent do not hold up the others.
+    let ended = world.result(calls[3], 1, "ok");
+    assert_eq!(world.ack(&ended).await, pb::AckOutcome::Committed);
+    let again = world.store().prepare_dispatches(world.chat, &calls).await.unwrap().value;
+    assert_eq!(again.len(), 7);
+    assert!(again.iter().all(|order| order.call.generation == 2 && order.turn == turn));
+    world.log().await;
 }
 
 #[tokio::test]
@@ -122,8 +207,8 @@ async fn a_call_waits_for_an_away_daemon() {
     let mut world = World::new().await;
     let (turn, calls) = world.asked(vec![call(0, "shell")]).await;
     world.daemon_goes().await;
-    let none = world.store().prepare_dispatch(calls[0]).await.unwrap();
-    assert!(none.value.is_none());
+    let none = world.store().prepare_dispatches(world.chat, &calls).await.unwrap();
+    assert!(none.value.is_empty());
     assert_eq!(kinds(&none.events), ["call WAITING_DAEMON"]);
     assert!(matches!(world.step().await, Step::Wait { for_ms: None, .. }));
     world.daemon_comes(Incarnation::new()).await;
@@ -229,7 +314,10 @@ async fn approving_for_the_session_lets_the_tool_through() {
     let world = World::new().await;
     let (turn, calls) = world.asked(vec![asking(0, "shell"), asking(1, "write_file"), asking(2, "shell")]).await;
     assert!(matches!(world.step().await, Step::Wait { for_ms: None, .. }));
-    assert!(world.store().prepare_dispatch(calls[0]).await.unwrap().value.is_none(), "not without the approval");
+    assert!(
+        world.store().prepare_dispatches(world.chat, &calls).await.unwrap().value.is_empty(),
+        "not without the approval"
+    );
     let approvals = world.approvals().await;
     assert_eq!(approvals.len(), 3);
     let decided =
@@ -259,7 +347,7 @@ async fn a_cancelled_turn_ends_at_once_and_its_calls_settle_behind_it() {
     // A decision after the cancel changes nothing.
     let decided = world.store().decide_approval(world.user, approval, true, pb::ApprovalScope::Once).await.unwrap();
     assert_eq!(decided.value.status(), pb::ApprovalStatus::Cancelled);
-    assert!(world.store().prepare_dispatch(calls[0]).await.unwrap().value.is_none());
+    assert!(world.store().prepare_dispatches(world.chat, &calls).await.unwrap().value.is_empty());
     // The next turn goes, with a history in which each call has a result.
     assert_eq!(world.step().await, Step::CallModel { turn: next, iteration: 0 });
     let attempt = world.claim(next, 0).await;

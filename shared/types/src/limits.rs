@@ -30,7 +30,7 @@ pub const HEARTBEAT_DEADLINE: Duration = Duration::from_secs(25);
 pub const TURN_ROUNDS_MAX: i32 = 100;
 /// A turn's own working time; it stands still while a person or a daemon is awaited.
 pub const TURN_DEADLINE: Duration = Duration::from_secs(60 * 60);
-/// Tool calls in one model message.
+/// Tool calls in one model message. OpenAI's format takes no more of them back.
 pub const MESSAGE_TOOL_CALLS_MAX: usize = 128;
 /// A tool call's arguments.
 pub const TOOL_INPUT_MAX_BYTES: usize = 1024 * 1024;
@@ -44,6 +44,9 @@ pub const TOOL_TIMEOUT_MAX: Duration = Duration::from_secs(60 * 60);
 pub const TOOL_AWAY_MAX: Duration = Duration::from_secs(2 * 60 * 60);
 /// A dispatch that the daemon has not confirmed is sent again after so long.
 pub const REDISPATCH_AFTER: Duration = Duration::from_secs(5);
+/// A call that its daemon had no room for is sent again after so long, then after twice that, up to the maximum.
+pub const REFUSED_AGAIN_MIN: Duration = Duration::from_millis(500);
+pub const REFUSED_AGAIN_MAX: Duration = Duration::from_secs(10);
 /// A call that runs this much past its timeout is asked for again: its daemon re-attaches or offers the result.
 pub const REATTACH_AFTER: Duration = Duration::from_secs(30);
 /// Messages of a chat that one model call reads at most, before the model's window shortens them further.

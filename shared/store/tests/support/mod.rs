@@ -133,7 +133,8 @@ impl World {
     }
 
     pub async fn dispatch(&self, call: ToolCallId) -> i64 {
-        let order = self.store().prepare_dispatch(call).await.unwrap().value.expect("the call was to be sent");
+        let orders = self.store().prepare_dispatches(self.chat, &[call]).await.unwrap().value;
+        let [order] = &orders[..] else { panic!("the call was to be sent: {orders:?}") };
         assert_eq!(order.daemon, self.daemon);
         order.call.generation
     }

@@ -5,6 +5,7 @@
 
 mod bad_input;
 mod foreign;
+mod limits;
 mod mcp;
 mod scripts;
 mod tools;

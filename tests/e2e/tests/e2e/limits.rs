@@ -1,0 +1,102 @@
+//! What is larger than somebody else takes: more tools than a model, more calls than a daemon.
+
+use anyhow::Result;
+use reliant_client::ClientUpdate;
+use reliant_harness::{DaemonOptions, Rig, RigOptions, eventually};
+use reliant_types::pb;
+use serde_json::json;
+
+use crate::scripts::{MODEL, PATIENCE, one_call, only_call, script, session};
+
+/// A server in Python with so many tools that no model of OpenAI's format takes them all.
+const MANY_TOOLS: &str = r#"
+import json, sys
+for line in sys.stdin:
+    message = json.loads(line)
+    method, number = message.get("method"), message.get("id")
+    if method == "initialize":
+        result = {"protocolVersion": message["params"]["protocolVersion"], "capabilities": {"tools": {}},
+                  "serverInfo": {"name": "many", "version": "1"}}
+    elif method == "tools/list":
+        result = {"tools": [{"name": "t%03d" % n, "description": "x", "inputSchema": {"type": "object"}} for n in range(200)]}
+    elif method == "tools/call":
+        result = {"content": [{"type": "text", "text": "ran " + message["params"]["name"]}]}
+    elif number is not None:
+        result = {}
+    else:
+        continue
+    print(json.dumps({"jsonrpc": "2.0", "id": number, "result": result}), flush=True)
+"#;
+
+fn notices(messages: &[pb::Message]) -> Vec<String> {
+    let notices = messages.iter().filter(|message| message.role() == pb::Role::Notice);
+    notices.map(reliant_client::text_of).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_gets_as_many_tools_as_it_takes_and_the_chat_is_told_once() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let script = dir.path().join("many.py");
+    std::fs::write(&script, MANY_TOOLS)?;
+    let rig = Rig::start(RigOptions::default()).await?;
+    let ada = rig.person("ada").await?;
+    let servers = json!({ "mcpServers": { "many": { "command": "python3", "args": [script] } } });
+    let files = vec![(".mcp.json", servers.to_string())];
+    let daemon = rig.daemon(&ada, "laptop", DaemonOptions { files, trust_mcp: true, ..Default::default() }).await?;
+    eventually("the server's tools", PATIENCE, || async {
+        let daemons = ada.client.list_daemons(pb::ListDaemonsRequest::default()).await?.daemons;
+        Ok(daemons.iter().any(|d| d.id == daemon.id && d.tools.len() > 200).then_some(()))
+    })
+    .await?;
+    // The simulator refuses 129 tools with OpenAI's own words.
+    let mut chat = session(&ada, MODEL, pb::ChatMode::Auto).await?;
+    let report = chat.send_and_wait(&one_call("shell", json!({ "command": "echo ours" })), PATIENCE).await?;
+    assert!(report.succeeded(), "{:?}", report.turn);
+    assert_eq!(only_call(&report).status(), pb::ToolCallStatus::Succeeded);
+    let said = notices(&report.messages);
+    assert_eq!(said.len(), 1, "{said:?}");
+    assert!(said[0].contains("at most 128") && said[0].contains("not offered"), "{said:?}");
+    let report = chat.send_and_wait(&one_call("mcp__many__t000", json!({})), PATIENCE).await?;
+    assert!(only_call(&report).result.contains("ran t000"), "{report:?}");
+    assert_eq!(notices(&report.messages), Vec::<String>::new(), "it was said before");
+    // Anthropic's format has no such limit.
+    let mut chat = session(&ada, "sim-anthropic/default", pb::ChatMode::Auto).await?;
+    let report = chat.send_and_wait(&one_call("mcp__many__t199", json!({})), PATIENCE).await?;
+    assert!(only_call(&report).result.contains("ran t199"), "{report:?}");
+    assert_eq!(notices(&report.messages), Vec::<String>::new());
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn calls_that_find_no_room_on_the_daemon_wait_and_all_run() -> Result<()> {
+    let rig = Rig::start(RigOptions::default()).await?;
+    let ada = rig.person("ada").await?;
+    let options = DaemonOptions { config: "max_running = 1".into(), ..Default::default() };
+    let daemon = rig.daemon(&ada, "laptop", options).await?;
+    let mut chat = session(&ada, MODEL, pb::ChatMode::Auto).await?;
+    let call = json!({ "name": "shell", "repeat": 4, "args": { "command": "echo {index} >> order; sleep 0.4" } });
+    let sent = chat.send(&script(json!([{ "tools": [call] }, { "text": "done" }]))).await?;
+    let turn: reliant_types::TurnId = sent.turn.unwrap().id.parse()?;
+    // The person sees what is waited for.
+    let told = loop {
+        if let ClientUpdate::Event(event) = chat.next().await?
+            && let Some(pb::chat_event::Kind::ToolCallChanged(changed)) = event.kind
+            && let Some(call) = changed.tool_call.filter(|call| !call.waiting_for.is_empty())
+        {
+            break call;
+        }
+    };
+    assert_eq!(told.status(), pb::ToolCallStatus::Pending, "{told:?}");
+    assert!(told.waiting_for.contains("no more can"), "{told:?}");
+    let ended = chat.wait_turn(turn, PATIENCE).await?;
+    assert_eq!(ended.status(), pb::TurnStatus::Succeeded, "{ended:?}");
+    assert!(chat.verification().is_clean(), "{:?}", chat.verification());
+    let calls = ada.client.get_turn(pb::GetTurnRequest { turn_id: turn.to_string() }).await?.tool_calls;
+    assert_eq!(calls.len(), 4);
+    assert!(calls.iter().all(|call| call.status() == pb::ToolCallStatus::Succeeded), "{calls:?}");
+    let mut order: Vec<String> =
+        std::fs::read_to_string(daemon.root.join("order"))?.lines().map(str::to_owned).collect();
+    order.sort();
+    assert_eq!(order, ["0", "1", "2", "3"], "each ran once");
+    Ok(())
+}
