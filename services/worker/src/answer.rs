@@ -10,6 +10,8 @@ pub struct Answer {
     pub blocks: Vec<Growing>,
     pub usage: Option<pb::Usage>,
     pub stop: Option<pb::StopReason>,
+    /// Of all texts, signatures and names.
+    pub bytes: usize,
     /// The provider's number of each block, by place.
     numbers: Vec<u32>,
 }
@@ -32,7 +34,13 @@ pub enum Change {
 impl Answer {
     pub fn apply(&mut self, event: ModelEvent) -> Change {
         match event {
-            ModelEvent::BlockStart { index, kind } => {
+            ModelEvent::BlockStart { index, mut kind } => {
+                if let BlockKind::ToolUse { provider_id, name } = &mut kind {
+                    // No tool has such a name: it is refused by what is left of it.
+                    name.truncate(name.floor_char_boundary(limits::TOOL_NAME_MAX_BYTES));
+                    provider_id.truncate(provider_id.floor_char_boundary(limits::TOOL_NAME_MAX_BYTES));
+                    self.bytes += name.len();
+                }
                 let (stream, tool) = match &kind {
                     BlockKind::Text => (pb::StreamKind::Text, String::new()),
                     BlockKind::Thinking => (pb::StreamKind::Thinking, String::new()),
@@ -46,15 +54,15 @@ impl Answer {
             | ModelEvent::Thinking { index, piece }
             | ModelEvent::ToolInput { index, piece } => match self.place(index) {
                 Some(position) if !piece.is_empty() => {
+                    self.bytes += piece.len();
                     self.blocks[position].text.push_str(&piece);
                     Change::Grew { position, piece }
                 }
                 _ => Change::None,
             },
             ModelEvent::Signature { index, piece } => {
-                if let Some(position) = self.place(index)
-                    && self.blocks[position].signature.len() + piece.len() <= limits::MODEL_TEXT_MAX_BYTES
-                {
+                self.bytes += piece.len();
+                if let Some(position) = self.place(index).filter(|_| !self.is_too_large()) {
                     self.blocks[position].signature.push_str(&piece);
                 }
                 Change::None
@@ -71,6 +79,10 @@ impl Answer {
         }
     }
 
+    pub fn is_too_large(&self) -> bool {
+        self.bytes > limits::MODEL_TEXT_MAX_BYTES
+    }
+
     fn place(&self, index: u32) -> Option<usize> {
         self.numbers.iter().rposition(|number| *number == index)
     }
@@ -79,6 +91,22 @@ impl Answer {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn texts_and_signatures_count_together_and_names_are_cut() {
+        let mut answer = Answer::default();
+        let half = "x".repeat(limits::MODEL_TEXT_MAX_BYTES / 2);
+        let name = "n".repeat(100_000);
+        answer.apply(ModelEvent::BlockStart { index: 0, kind: BlockKind::Thinking });
+        answer.apply(ModelEvent::BlockStart { index: 1, kind: BlockKind::ToolUse { provider_id: name.clone(), name } });
+        assert!(
+            matches!(&answer.blocks[1].kind, BlockKind::ToolUse { name, .. } if name.len() == limits::TOOL_NAME_MAX_BYTES)
+        );
+        answer.apply(ModelEvent::Thinking { index: 0, piece: half.clone() });
+        assert!(!answer.is_too_large());
+        answer.apply(ModelEvent::Signature { index: 0, piece: half });
+        assert!(answer.is_too_large());
+    }
 
     #[test]
     fn blocks_keep_their_places_while_tools_grow_side_by_side() {

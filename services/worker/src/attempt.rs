@@ -200,6 +200,9 @@ async fn read(engine: &Arc<Engine>, key: &LiveKey, stream: &mut ModelStream) -> 
             },
             Change::None => {}
         }
+        if answer.is_too_large() {
+            return Err(ModelError::TooLarge { what: "too much text".to_owned() });
+        }
     }
     publish();
     if answer.stop.is_none() {
@@ -281,6 +284,7 @@ fn judge(engine: &Engine, attempt: &Attempt, blocks: Vec<crate::answer::Growing>
         .map_or_else(Vec::new, |daemon| tools::offered(&daemon.tools, &attempt.root_id, pb::ChatMode::Auto));
     let mut stored = Vec::with_capacity(blocks.len());
     let mut calls = Vec::new();
+    let mut inputs = 0;
     for block in blocks {
         match block.kind {
             BlockKind::Text => stored.push(NewBlock::Text { text: block.text }),
@@ -294,6 +298,17 @@ fn judge(engine: &Engine, attempt: &Attempt, blocks: Vec<crate::answer::Growing>
                     );
                     verdict.refused = Some(Failure::new(Code::ToolNotAllowed, text));
                 }
+                if verdict.refused.is_none() {
+                    inputs += block.text.len();
+                    if inputs > limits::TOOL_INPUT_MAX_BYTES {
+                        let text = format!(
+                            "the arguments of all calls of one message are more than {} KiB; make the rest in the next round",
+                            limits::TOOL_INPUT_MAX_BYTES / 1024
+                        );
+                        verdict.refused = Some(Failure::new(Code::ToolArgumentsInvalid, text));
+                    }
+                }
+                verdict.needs_approval &= verdict.refused.is_none();
                 stored.push(NewBlock::ToolUse { call: calls.len() });
                 calls.push(NewCall {
                     index: calls.len() as i32,

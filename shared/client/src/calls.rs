@@ -9,15 +9,15 @@ use std::{error::Error as _, io, time::Duration};
 use reliant_rpc as rpc;
 use reliant_runtime::{Backoff, Retry};
 use reliant_telemetry::{TraceContext, metrics::RPC_CLIENT_DURATION};
-use reliant_types::{Code, Failure, code::Class, pb};
+use reliant_types::{Code, Failure, code::Class, limits, pb};
 use tokio::time::Instant;
 use tonic::{Request, Response, Status, transport::Channel};
 use tracing::{Instrument as _, Span};
 
 use crate::config::ClientConfig;
 
-/// A snapshot holds up to 100 messages of up to 1 MiB and more of model text; past this the server is at fault.
-pub(crate) const RESPONSE_MAX_BYTES: usize = 256 * 1024 * 1024;
+/// What a client of another language takes without a setting: past this the server is at fault.
+pub(crate) const RESPONSE_MAX_BYTES: usize = limits::GRPC_MESSAGE_MAX_BYTES;
 const BACKOFF_INITIAL: Duration = Duration::from_millis(50);
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
 

@@ -115,12 +115,19 @@ impl Client {
 
     /// Approves all that waits in a chat now; says how many.
     pub async fn approve_all(&self, chat: ChatId) -> Result<usize, Failure> {
-        let request = pb::ListApprovalsRequest { chat_id: chat.to_string(), include_decided: false, page_size: 200 };
-        let approvals = self.list_approvals(request).await?.approvals;
-        for approval in &approvals {
-            self.decide(&approval.id, true, pb::ApprovalScope::Once).await?;
+        let request = pb::ListApprovalsRequest { chat_id: chat.to_string(), page_size: 200, ..Default::default() };
+        let mut approved = 0;
+        loop {
+            let page = self.list_approvals(request.clone()).await?;
+            for approval in &page.approvals {
+                self.decide(&approval.id, true, pb::ApprovalScope::Once).await?;
+            }
+            approved += page.approvals.len();
+            // What was decided is not listed any more.
+            if !page.has_more || page.approvals.is_empty() {
+                return Ok(approved);
+            }
         }
-        Ok(approvals.len())
     }
 
     async fn decide(&self, approval: &str, approve: bool, scope: pb::ApprovalScope) -> Result<(), Failure> {
@@ -238,8 +245,12 @@ impl ChatSession {
         let id = turn.to_string();
         // An old turn may have ended before the snapshot's turns begin.
         if !self.view().turns.contains_key(&id) {
-            let turn =
-                self.client().get_turn(pb::GetTurnRequest { turn_id: id.clone() }).await?.turn.unwrap_or_default();
+            let turn = self
+                .client()
+                .get_turn(pb::GetTurnRequest { turn_id: id.clone(), ..Default::default() })
+                .await?
+                .turn
+                .unwrap_or_default();
             if is_ended(turn.status()) {
                 return Ok(turn);
             }

@@ -1,7 +1,7 @@
 //! What people let through. The first decision stands.
 
 use reliant_types::{
-    ApprovalId, ChatId, Code, Failure, ToolCallId, UserId,
+    ApprovalId, ChatId, Code, Failure, ToolCallId, UserId, limits,
     pb::{self, chat_event::Kind},
 };
 
@@ -16,33 +16,61 @@ use crate::{
 const DENIED: &str = "The user denied this call. Do not try it again without asking.";
 
 impl Store {
-    /// Newest first.
+    /// Newest first, older than `before`; and whether there are more.
     pub async fn list_approvals(
         &self,
         user: UserId,
         chat: Option<ChatId>,
         include_decided: bool,
         page_size: i32,
-    ) -> Result<Vec<pb::Approval>> {
+        before: Option<ApprovalId>,
+    ) -> Result<(Vec<pb::Approval>, bool)> {
         let size = checks::page_size(page_size, 50, 200)?;
         if let Some(chat) = chat {
             self.chat_access(user, chat).await?;
         }
         self.run("list_approvals", async || {
-            let rows = sqlx::query_as!(
-                ApprovalRow,
-                "SELECT a.id, a.chat_id, a.turn_id, a.tool_call_id, a.tool, c.input, a.status, a.scope, a.created_at, a.decided_at
-                 FROM approvals a JOIN tool_calls c ON c.id = a.tool_call_id
-                 WHERE a.user_id = $1 AND ($2::uuid IS NULL OR a.chat_id = $2) AND ($3 OR a.status = 'pending')
-                 ORDER BY a.created_at DESC, a.id DESC LIMIT $4",
+            let rows = sqlx::query!(
+                r#"WITH candidates AS (
+                       SELECT a.id, row_number() OVER w AS place, sum(octet_length(c.input)) OVER w AS total
+                       FROM (SELECT * FROM approvals
+                             WHERE user_id = $1 AND ($2::uuid IS NULL OR chat_id = $2) AND ($3 OR status = 'pending')
+                               AND ($5::uuid IS NULL OR (created_at, id) < (SELECT b.created_at, b.id FROM approvals b
+                                                                            WHERE b.id = $5 AND b.user_id = $1))
+                             ORDER BY created_at DESC, id DESC LIMIT $4::bigint + 1) a
+                       JOIN tool_calls c ON c.id = a.tool_call_id
+                       WINDOW w AS (ORDER BY a.created_at DESC, a.id DESC)
+                   )
+                   SELECT a.id, a.chat_id, a.turn_id, a.tool_call_id, a.tool, c.input, a.status, a.scope, a.created_at,
+                          a.decided_at, (SELECT count(*) FROM candidates) > f.place AS "more!"
+                   FROM candidates f JOIN approvals a ON a.id = f.id JOIN tool_calls c ON c.id = a.tool_call_id
+                   WHERE f.place = 1 OR (f.place <= $4 AND f.total <= $6) ORDER BY f.place"#,
                 user.0,
                 chat.map(|chat| chat.0),
                 include_decided,
                 size,
+                before.map(|before| before.0),
+                limits::PAGE_MAX_BYTES as i64,
             )
             .fetch_all(&self.pool)
             .await?;
-            Ok(rows.iter().map(ApprovalRow::to_pb).collect())
+            let more = rows.last().is_some_and(|row| row.more);
+            let approvals = rows.into_iter().map(|row| {
+                let row = ApprovalRow {
+                    id: row.id,
+                    chat_id: row.chat_id,
+                    turn_id: row.turn_id,
+                    tool_call_id: row.tool_call_id,
+                    tool: row.tool,
+                    input: row.input,
+                    status: row.status,
+                    scope: row.scope,
+                    created_at: row.created_at,
+                    decided_at: row.decided_at,
+                };
+                row.to_pb()
+            });
+            Ok((approvals.collect(), more))
         })
         .await
     }

@@ -14,6 +14,7 @@ use crate::{
     Attempt, Claim, CommitOutcome, Committed, DaemonTools, NewAssistant, NewBlock, NewCall, Notice, Result, Store,
     StoreError,
     chat_tx::{ChatTx, Key, NewMessage},
+    pages::newest_for_model,
     rows::{CallRow, MessageRow, TurnRow, calls, clean, declarations, incarnation, mode, turns},
     settle::{self, TurnEnding},
 };
@@ -76,12 +77,7 @@ impl Store {
             started_at: row.started_at,
             ended_at: row.ended_at,
         };
-        let (mut history, history_cut) = history(&mut tx, &current).await?;
-        if history_cut {
-            // Nothing begins in the middle of a turn.
-            let start = history.iter().position(|message| message.role() == pb::Role::User).unwrap_or_default();
-            history.drain(..start);
-        }
+        let (chat, ordinal) = (current.chat_id, current.ordinal);
         let live = current.live_message_id.ok_or(StoreError::Corrupt("an attempt without its message"))?;
         if row.started {
             tx.event(Kind::TurnChanged(current.to_pb()));
@@ -112,11 +108,15 @@ impl Store {
             traceparent: current.traceparent,
             daemon,
             root_id,
-            history,
-            history_cut,
+            history: Vec::new(),
+            history_cut: false,
             deadline: row.deadline,
         };
-        tx.commit(Claim::Claimed(Box::new(attempt))).await
+        let committed = tx.commit(attempt).await?;
+        // What the turn's model reads was committed before its round could be claimed, and nothing is added to it while the
+        // fence holds: so it is read without the chat's row, for which senders and results wait.
+        let (history, history_cut) = history(&self.pool, chat, ordinal).await?;
+        Ok(committed.map(|attempt| Claim::Claimed(Box::new(Attempt { history, history_cut, ..attempt }))))
     }
 
     /// Stores the model's message with the calls it asks for, or without any ends the turn.
@@ -253,23 +253,20 @@ impl Store {
 }
 
 /// Messages that the turn's model reads, and whether older ones were left out.
-async fn history(tx: &mut ChatTx, turn: &TurnRow) -> Result<(Vec<pb::Message>, bool)> {
-    let mut rows = sqlx::query_as!(
-        MessageRow,
-        r#"SELECT m.id, m.chat_id, m.turn_id, m.ordinal, m.role, m.iteration, m.model, m.usage, m.stop_reason,
-                  m.client_message_id, m.created_at,
-                  ARRAY(SELECT b.data FROM content_blocks b WHERE b.message_id = m.id ORDER BY b.position) AS blocks
-           FROM messages m WHERE m.chat_id = $1 AND m.turn_ordinal <= $2 AND m.role <> 'notice'
-           ORDER BY m.turn_ordinal DESC, m.ordinal DESC LIMIT $3"#,
-        turn.chat_id,
-        turn.ordinal,
-        limits::HISTORY_MESSAGES_MAX + 1,
-    )
-    .fetch_all(tx.conn())
-    .await?;
-    let cut = rows.len() as i64 > limits::HISTORY_MESSAGES_MAX;
-    rows.truncate(limits::HISTORY_MESSAGES_MAX as usize);
-    Ok((rows.iter().rev().map(MessageRow::to_pb).collect::<Result<_>>()?, cut))
+async fn history(db: impl sqlx::PgExecutor<'_>, chat: Uuid, turn: i32) -> Result<(Vec<pb::Message>, bool)> {
+    let count = limits::HISTORY_MESSAGES_MAX;
+    let mut rows = newest_for_model(db, chat, turn, count + 1, limits::HISTORY_MAX_BYTES).await?;
+    let older = rows.len() as i64 > count;
+    rows.truncate(count as usize);
+    // Nothing in a chat is older than its first message.
+    let cut = older || rows.last().is_some_and(|oldest| oldest.ordinal > 1);
+    let mut history: Vec<_> = rows.iter().rev().map(MessageRow::to_pb).collect::<Result<_>>()?;
+    if cut {
+        // Nothing begins in the middle of a turn.
+        let start = history.iter().position(|message| message.role() == pb::Role::User).unwrap_or_default();
+        history.drain(..start);
+    }
+    Ok((history, cut))
 }
 
 /// What would be a mistake of the caller, and would leave rows that do not fit together.

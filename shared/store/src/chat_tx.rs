@@ -66,6 +66,7 @@ struct Pending {
     stops: Vec<String>,
     client_ids: Vec<Option<String>>,
     bodies: Vec<String>,
+    bytes: Vec<i32>,
     block_messages: Vec<Uuid>,
     block_positions: Vec<i32>,
     block_kinds: Vec<String>,
@@ -188,6 +189,8 @@ impl ChatTx {
         rows.stops.push(stop_text(new.stop_reason).to_owned());
         rows.client_ids.push(new.client_message_id.clone());
         rows.bodies.push(body(&blocks));
+        let bytes: usize = blocks.iter().map(prost::Message::encoded_len).sum();
+        rows.bytes.push(i32::try_from(bytes).unwrap_or(i32::MAX));
         for block in &blocks {
             rows.block_messages.push(new.id.0);
             rows.block_positions.push(block.position);
@@ -252,11 +255,11 @@ impl ChatTx {
                     WHERE id = $1 RETURNING user_id, last_seq
                 ), m AS (
                     INSERT INTO messages (id, chat_id, turn_id, ordinal, turn_ordinal, role, iteration, model, usage,
-                                          stop_reason, client_message_id, body, created_at)
-                    SELECT id, $1, turn_id, ordinal, turn_ordinal, role, iteration, model, usage, stop, client_id, body, $6
+                                          stop_reason, client_message_id, body, bytes, created_at)
+                    SELECT id, $1, turn_id, ordinal, turn_ordinal, role, iteration, model, usage, stop, client_id, body, bytes, $6
                     FROM UNNEST($7::uuid[], $8::uuid[], $9::int[], $10::int[], $11::text[], $12::int[], $13::text[],
-                                $14::jsonb[], $15::text[], $16::text[], $17::text[])
-                         AS u (id, turn_id, ordinal, turn_ordinal, role, iteration, model, usage, stop, client_id, body)
+                                $14::jsonb[], $15::text[], $16::text[], $17::text[], $27::int[])
+                         AS u (id, turn_id, ordinal, turn_ordinal, role, iteration, model, usage, stop, client_id, body, bytes)
                 ), b AS (
                     INSERT INTO content_blocks (message_id, position, kind, data)
                     SELECT * FROM UNNEST($18::uuid[], $19::int[], $20::text[], $21::bytea[])
@@ -300,6 +303,7 @@ impl ChatTx {
                 feed.len() as i64,
                 &feed_kinds,
                 &feed_payloads,
+                &rows.bytes,
             )
             .fetch_one(&mut *self.tx)
             .await?;

@@ -19,6 +19,21 @@ use crate::{
 /// The scope of a daemon's token.
 pub const DAEMON_SCOPE: &str = "daemon";
 
+/// What is listed of a tool's description.
+const DESCRIPTION_LISTED_BYTES: usize = 512;
+
+/// What people see of declarations: one daemon's may be larger than an answer.
+fn listed(mut declared: pb::Declarations) -> pb::Declarations {
+    for root in &mut declared.roots {
+        root.agents_md.clear();
+    }
+    for tool in &mut declared.tools {
+        tool.input_schema_json.clear();
+        tool.description.truncate(tool.description.floor_char_boundary(DESCRIPTION_LISTED_BYTES));
+    }
+    declared
+}
+
 impl Store {
     /// A daemon's identity and its token. `replace`: a daemon of that name gets a new token, and its old ones are void.
     pub async fn register_daemon(&self, user: UserId, name: &str, replace: bool) -> Result<(DaemonId, String)> {
@@ -70,6 +85,7 @@ impl Store {
         .await
     }
 
+    /// By name. A model reads a daemon's schemas; people get what fits one answer.
     pub async fn list_daemons(&self, user: UserId, include_revoked: bool) -> Result<Vec<pb::Daemon>> {
         self.run("list_daemons", async || {
             let rows = sqlx::query!(
@@ -83,8 +99,14 @@ impl Store {
             )
             .fetch_all(&self.pool)
             .await?;
+            let mut bytes = 0;
             let daemons = rows.into_iter().map(|row| {
-                let declared = declarations(&row.declarations);
+                let mut declared = listed(declarations(&row.declarations));
+                bytes += declared.encoded_len();
+                let shortened = bytes > limits::PAGE_MAX_BYTES;
+                if shortened {
+                    declared = pb::Declarations::default();
+                }
                 pb::Daemon {
                     id: row.id.to_string(),
                     name: row.name,
@@ -96,6 +118,7 @@ impl Store {
                     tools: declared.tools,
                     last_seen_at: row.last_seen.map(timestamp),
                     revoked: row.revoked,
+                    shortened,
                 }
             });
             Ok(daemons.collect())

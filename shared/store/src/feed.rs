@@ -6,26 +6,38 @@ use uuid::Uuid;
 
 use crate::{
     Result, Store, StoreError,
-    rows::{ApprovalRow, CallRow, ChatRow, MessageRow, TurnRow, calls, turns},
+    pages::{fit_calls, newest_for_people},
+    rows::{ApprovalRow, ChatRow, MessageRow, TurnRow, calls, turns},
 };
 
 impl Store {
-    /// The chat's log after `after`, oldest first. Whoever calls it has asked [`Store::chat_access`] before.
-    pub async fn events_after(&self, chat: ChatId, after: i64, limit: i64) -> Result<Vec<pb::ChatEvent>> {
+    /// The chat's log after `after`, oldest first, as much as one read may bring; and whether there is more. Whoever calls
+    /// it has asked [`Store::chat_access`] before.
+    pub async fn events_after(&self, chat: ChatId, after: i64, limit: i64) -> Result<(Vec<pb::ChatEvent>, bool)> {
         self.run("events_after", async || {
             let rows = sqlx::query!(
-                "SELECT seq, payload FROM events WHERE chat_id = $1 AND seq > $2 ORDER BY seq LIMIT $3",
+                r#"WITH sized AS (
+                       SELECT seq, row_number() OVER w AS place, sum(octet_length(payload)) OVER w AS total
+                       FROM (SELECT seq, payload FROM events WHERE chat_id = $1 AND seq > $2 ORDER BY seq LIMIT $3) e
+                       WINDOW w AS (ORDER BY seq)
+                   )
+                   SELECT e.seq, e.payload, c.last_seq > s.seq AS "more!"
+                   FROM sized s JOIN events e ON e.chat_id = $1 AND e.seq = s.seq JOIN chats c ON c.id = $1
+                   WHERE s.place = 1 OR s.total <= $4 ORDER BY e.seq"#,
                 chat.0,
                 after,
                 limit,
+                limits::READ_EVENTS_MAX_BYTES as i64,
             )
             .fetch_all(&self.pool)
             .await?;
+            let more = rows.last().is_some_and(|row| row.more);
             let decode = |row: &[u8], seq| {
                 let event = pb::ChatEvent::decode(row).map_err(|_| StoreError::Corrupt("an event"))?;
                 Ok(pb::ChatEvent { seq, ..event })
             };
-            rows.iter().map(|row| decode(&row.payload, row.seq)).collect()
+            let events = rows.iter().map(|row| decode(&row.payload, row.seq)).collect::<Result<_>>()?;
+            Ok((events, more))
         })
         .await
     }
@@ -89,29 +101,26 @@ impl Store {
         .await?
         .ok_or(StoreError::not_found("chat"))?;
         let log_epoch = sqlx::query_scalar!("SELECT log_epoch FROM log_state").fetch_one(&mut *tx).await?;
-        let mut messages = sqlx::query_as!(
-            MessageRow,
-            r#"SELECT m.id, m.chat_id, m.turn_id, m.ordinal, m.role, m.iteration, m.model, m.usage, m.stop_reason,
-                      m.client_message_id, m.created_at,
-                      ARRAY(SELECT b.data FROM content_blocks b WHERE b.message_id = m.id ORDER BY b.position) AS blocks
-               FROM messages m WHERE m.chat_id = $1 ORDER BY m.ordinal DESC LIMIT $2"#,
-            chat.0,
-            limits::SNAPSHOT_MESSAGES_MAX,
-        )
-        .fetch_all(&mut *tx)
-        .await?;
+        let (count, bytes) = (limits::SNAPSHOT_MESSAGES_MAX, limits::SNAPSHOT_MESSAGES_MAX_BYTES);
+        let mut messages = newest_for_people(&mut *tx, chat.0, 0, count, bytes).await?;
         messages.reverse();
         let open = turns!(SELECT "WHERE t.chat_id = $1 AND t.ended_at IS NULL ORDER BY t.ordinal", chat.0)
             .fetch_all(&mut *tx)
             .await?;
-        // With the open calls those of an open turn's newest round: their cards are on the screen.
+        // With the open calls those of an open turn's newest round: their cards are on the screen. Each half has an index.
         let calls = calls!(
-            SELECT "WHERE c.chat_id = $1 AND (c.ended_at IS NULL OR (t.ended_at IS NULL AND c.iteration = t.iteration - 1))
-                    ORDER BY t.ordinal, c.iteration, c.index",
+            SELECT "WHERE c.id IN (
+                        SELECT k.id FROM tool_calls k WHERE k.chat_id = $1 AND k.ended_at IS NULL
+                        UNION SELECT k.id FROM turns o JOIN tool_calls k ON k.turn_id = o.id AND k.iteration = o.iteration - 1
+                        WHERE o.chat_id = $1 AND o.ended_at IS NULL)
+                    ORDER BY t.ended_at IS NOT NULL, t.ordinal, c.iteration, c.index LIMIT $2",
             chat.0,
+            limits::SNAPSHOT_CALLS_MAX,
         )
         .fetch_all(&mut *tx)
         .await?;
+        let mut calls: Vec<_> = calls.iter().map(|call| (call.changed(), call.is_open() && !call.turn_ended)).collect();
+        fit_calls(&mut calls);
         let approvals = sqlx::query_as!(
             ApprovalRow,
             "SELECT a.id, a.chat_id, a.turn_id, a.tool_call_id, a.tool, c.input, a.status, a.scope, a.created_at, a.decided_at
@@ -128,7 +137,7 @@ impl Store {
             log_epoch,
             messages: messages.iter().map(MessageRow::to_pb).collect::<Result<_>>()?,
             turns: open.iter().map(TurnRow::to_pb).collect(),
-            tool_calls: calls.iter().map(CallRow::changed).collect(),
+            tool_calls: calls.into_iter().map(|(call, _)| call).collect(),
             approvals: approvals.iter().map(ApprovalRow::to_pb).collect(),
             started: open.iter().filter_map(TurnRow::started).collect(),
         })

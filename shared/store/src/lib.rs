@@ -17,6 +17,7 @@ mod feed;
 mod instances;
 mod messages;
 mod model;
+mod pages;
 mod pool;
 mod projects;
 mod relay;

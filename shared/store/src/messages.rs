@@ -11,6 +11,7 @@ use crate::{
     Committed, Result, SendMessage, Sent, Store, StoreError,
     chat_tx::{ChatTx, NewMessage},
     checks,
+    pages::newest_for_people,
     rows::{ChatRow, MessageRow, turns},
 };
 
@@ -147,7 +148,7 @@ impl Store {
         .await?)
     }
 
-    /// Oldest first, and whether there are older ones. `before_ordinal` 0: the newest.
+    /// Oldest first, and whether there are older ones. `before_ordinal` 0: the newest. As many as fit one answer.
     pub async fn list_messages(
         &self,
         user: UserId,
@@ -155,26 +156,15 @@ impl Store {
         page_size: i32,
         before_ordinal: i32,
     ) -> Result<(Vec<pb::Message>, bool)> {
-        let size = checks::page_size(page_size, 100, 500)?;
+        let count = checks::page_size(page_size, 100, 500)?;
         if before_ordinal < 0 {
             return Err(Failure::field("before_ordinal", "before_ordinal is 0 or an ordinal of a message").into());
         }
         self.chat_access(user, chat).await?;
         self.run("list_messages", async || {
-            let mut rows = sqlx::query_as!(
-                MessageRow,
-                r#"SELECT m.id, m.chat_id, m.turn_id, m.ordinal, m.role, m.iteration, m.model, m.usage, m.stop_reason,
-                          m.client_message_id, m.created_at,
-                          ARRAY(SELECT b.data FROM content_blocks b WHERE b.message_id = m.id ORDER BY b.position) AS blocks
-                   FROM messages m WHERE m.chat_id = $1 AND ($2 = 0 OR m.ordinal < $2) ORDER BY m.ordinal DESC LIMIT $3"#,
-                chat.0,
-                before_ordinal,
-                size + 1,
-            )
-            .fetch_all(&self.pool)
-            .await?;
-            let more = rows.len() as i64 > size;
-            rows.truncate(size as usize);
+            let rows = newest_for_people(&self.pool, chat.0, before_ordinal, count, limits::PAGE_MAX_BYTES).await?;
+            // Places in a chat begin with 1 and have no gaps.
+            let more = rows.last().is_some_and(|oldest| oldest.ordinal > 1);
             let messages = rows.iter().rev().map(MessageRow::to_pb).collect::<Result<_>>()?;
             Ok((messages, more))
         })

@@ -11,6 +11,7 @@ use reliant_types::{
 use crate::{
     Committed, Result, Store, StoreError,
     chat_tx::{ChatTx, Key},
+    pages::shortened,
     rows::{CallRow, call_status_text, calls, cause_text},
     settle::{self, unknown_text},
 };
@@ -93,10 +94,9 @@ fn stored(result: &pb::ToolResult) -> Result<Stored, Failure> {
 
 /// Bytes of a tool as a text that Postgres and a model can hold.
 fn readable(content: &[u8]) -> String {
-    let mut text = String::from_utf8_lossy(content).replace('\0', "\u{fffd}");
+    let text = String::from_utf8_lossy(content).replace('\0', "\u{fffd}");
     // The daemon cuts at this limit already; what it calls bytes may grow by replacement characters.
-    text.truncate(text.floor_char_boundary(limits::TOOL_RESULT_MAX_BYTES * 3));
-    text
+    shortened(&text, limits::TOOL_RESULT_MAX_BYTES)
 }
 
 /// The calls of the round, in order, this one settled. None: the result is not one to apply.
@@ -181,7 +181,7 @@ mod tests {
     fn any_bytes_become_a_text_that_can_be_stored() {
         assert_eq!(readable(b"a\0b\xff"), "a\u{fffd}b\u{fffd}");
         let long = vec![0xffu8; limits::TOOL_RESULT_MAX_BYTES * 2];
-        assert!(readable(&long).len() <= limits::TOOL_RESULT_MAX_BYTES * 3);
+        assert!(readable(&long).len() <= limits::TOOL_RESULT_MAX_BYTES);
     }
 
     #[test]

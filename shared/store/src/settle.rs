@@ -5,13 +5,14 @@
 
 use chrono::{DateTime, Utc};
 use reliant_types::{
-    Code, Failure, InstanceId, MessageId, ToolCallId, TurnId,
+    Code, Failure, InstanceId, MessageId, ToolCallId, TurnId, limits,
     pb::{self, chat_event::Kind, content_block::Block},
 };
 
 use crate::{
     Result,
     chat_tx::{ChatTx, NewMessage},
+    pages::shortened,
     rows::{ApprovalRow, CallRow, TurnRow, call_status_text, calls, cause_text, turn_status_text, turns},
 };
 
@@ -115,11 +116,12 @@ pub(crate) fn close_round(tx: &mut ChatTx, round: &[CallRow]) -> bool {
 
 fn store_results(tx: &mut ChatTx, round: &[CallRow]) -> bool {
     let Some(first) = round.first() else { return false };
+    let share = limits::ROUND_RESULTS_MAX_BYTES / round.len();
     let blocks = round.iter().map(|call| {
         let open = call.is_open();
         Block::ToolResult(pb::ToolResultBlock {
             tool_call_id: call.id.to_string(),
-            content: if open { RESULT_OF_OPEN.to_owned() } else { call.result.clone() },
+            content: if open { RESULT_OF_OPEN.to_owned() } else { shortened(&call.result, share) },
             is_error: open || call.is_error,
         })
     });

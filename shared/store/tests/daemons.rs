@@ -163,7 +163,7 @@ async fn nothing_of_another_is_there() {
         store.get_turn(eve, turn),
         store.request_cancel(eve, turn),
         store.decide_approval(eve, approval, true, pb::ApprovalScope::Session),
-        store.list_approvals(eve, Some(chat), true, 0),
+        store.list_approvals(eve, Some(chat), true, 0, None),
         store.revoke_daemon(eve, daemon),
         store.connect_daemon(hello(eve, daemon, world.gateway, world.journal, 0)),
         store.revoke_token(eve, token.id.parse().unwrap()),
@@ -176,7 +176,7 @@ async fn nothing_of_another_is_there() {
         assert_eq!(code, Code::NotFound, "{call}");
     }
     assert!(store.list_chats(eve, &ChatPage::default()).await.unwrap().0.is_empty());
-    assert!(store.list_approvals(eve, None, true, 0).await.unwrap().is_empty());
+    assert!(store.list_approvals(eve, None, true, 0, None).await.unwrap().0.is_empty());
     assert!(store.list_tokens(eve).await.unwrap().is_empty());
     assert!(store.list_projects(eve).await.unwrap().is_empty());
     assert_eq!(store.list_daemons(eve, true).await.unwrap().len(), 1);

@@ -26,7 +26,7 @@ async fn a_snapshot_is_the_sum_of_the_log() {
     assert_eq!(snapshot.tool_calls[1].producer, "");
     assert_eq!(snapshot.approvals.len(), 1);
     assert!(snapshot.started.is_empty());
-    let after = world.store().events_after(world.chat, log.len() as i64 - 2, 100).await.unwrap();
+    let (after, _) = world.store().events_after(world.chat, log.len() as i64 - 2, 100).await.unwrap();
     assert_eq!(after, log[log.len() - 2..]);
 }
 

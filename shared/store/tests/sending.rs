@@ -160,6 +160,6 @@ async fn a_caller_that_goes_away_leaves_no_open_transaction() {
         assert!(tokio::time::Instant::now() < deadline, "a connection is in the pool with an open transaction");
         tokio::time::sleep(std::time::Duration::from_millis(10)).await;
     }
-    let events = db.store.events_after(chat, 0, 10_000).await.unwrap();
+    let (events, _) = db.store.events_after(chat, 0, 10_000).await.unwrap();
     contiguous(events.iter().map(|event| event.seq));
 }

@@ -41,11 +41,14 @@ pub struct Deps {
     pub budget: Arc<Budget>,
 }
 
+/// Events, and whether the log has more of them.
+type LogRead = (Vec<pb::ChatEvent>, bool);
+
 /// What ran beside the task has ended.
 #[expect(clippy::large_enum_variant, reason = "one at a time, moved once")]
 enum Done {
-    Log { after: i64, read: Result<Vec<pb::ChatEvent>, StoreError> },
-    Older { after: i64, read: Result<Vec<pb::ChatEvent>, StoreError> },
+    Log { after: i64, read: Result<LogRead, StoreError> },
+    Older { after: i64, read: Result<LogRead, StoreError> },
     Snapshot { restart: bool, read: Result<pb::ChatSnapshot, StoreError> },
     Refill { hole: Hole, answer: Result<pb::PrefixReply, BusError> },
 }
@@ -229,14 +232,14 @@ impl ChatFeed {
             Done::Log { after, read } => {
                 self.reading_log = false;
                 match read {
-                    Ok(events) => self.log_read(after, events),
+                    Ok((events, more)) => self.log_read(after, events, more),
                     Err(error) => self.read_failed(&error),
                 }
             }
             Done::Older { after, read } => {
                 self.reading_older = false;
                 match read {
-                    Ok(events) => self.older_read(after, events),
+                    Ok((events, _)) => self.older_read(after, events),
                     Err(error) => self.read_failed(&error),
                 }
             }
@@ -265,15 +268,14 @@ impl ChatFeed {
         self.roster.restart();
     }
 
-    fn log_read(&mut self, after: i64, events: Vec<pb::ChatEvent>) {
-        let full = events.len() as i64 >= READ_MAX;
+    fn log_read(&mut self, after: i64, events: Vec<pb::ChatEvent>, more: bool) {
         let mut out = Vec::new();
         for event in events {
             self.state.merge().event(event, Source::Log, &mut out);
         }
         self.spread(&out);
         let progress = self.state.seq() > after;
-        if full && progress {
+        if more && progress {
             self.want_log = true;
             return;
         }

@@ -6,7 +6,6 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use prost::Message as _;
 use reliant_types::{
     limits,
     pb::{self, subscribe_response::Update},
@@ -22,8 +21,6 @@ use super::{
 const WINDOW_MAX_BYTES: usize = 2 * 1024 * 1024;
 /// A snapshot is given to further viewers while so few events came after it.
 const SNAPSHOT_MAX_AGE: i64 = 64;
-/// Messages of a snapshot; the oldest are left out beyond it, and a client reads them by page.
-const SNAPSHOT_MAX_BYTES: usize = 3 * 1024 * 1024;
 
 /// How far a viewer is.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -120,15 +117,7 @@ impl ChatState {
     }
 
     /// A newer snapshot was read.
-    pub fn set_snapshot(&mut self, mut snapshot: pb::ChatSnapshot) {
-        let mut bytes = 0;
-        let fits = snapshot.messages.iter().rev().take_while(|message| {
-            bytes += message.encoded_len();
-            bytes <= SNAPSHOT_MAX_BYTES
-        });
-        let keep = fits.count().max(1);
-        let drop = snapshot.messages.len().saturating_sub(keep);
-        snapshot.messages.drain(..drop);
+    pub fn set_snapshot(&mut self, snapshot: pb::ChatSnapshot) {
         self.log_epoch = snapshot.log_epoch;
         self.snapshot = Some((snapshot.seq, encode(Update::Snapshot(snapshot))));
     }

@@ -27,14 +27,10 @@ impl Approvals {
     ) -> Result<pb::ListApprovalsResponse, Failure> {
         let chat = app::optional_id::<ChatId>("chat_id", &request.chat_id)?;
         let size = app::page_size(request.page_size, PAGE_SIZE_MAX)?;
-        let approvals = self
-            .0
-            .deps
-            .store
-            .list_approvals(caller.user, chat, request.include_decided, size)
-            .await
-            .map_err(refused)?;
-        Ok(pb::ListApprovalsResponse { approvals })
+        let before = app::optional_id::<ApprovalId>("before_approval_id", &request.before_approval_id)?;
+        let listed = self.0.deps.store.list_approvals(caller.user, chat, request.include_decided, size, before).await;
+        let (approvals, has_more) = listed.map_err(refused)?;
+        Ok(pb::ListApprovalsResponse { approvals, has_more })
     }
 
     async fn decide(

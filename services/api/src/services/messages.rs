@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use prost::Message as _;
 use reliant_middleware::Principal;
 use reliant_rpc::message_service_server::MessageService;
 use reliant_store::SendMessage;
@@ -12,8 +11,6 @@ use reliant_types::{ChatId, Code, Failure, limits, pb};
 use crate::app::{self, App, refused, service};
 
 const PAGE_SIZE_MAX: i32 = 500;
-/// A page is cut before it outgrows what clients take; the rest is on the next page.
-const PAGE_MAX_BYTES: usize = 3 * 1024 * 1024;
 
 pub struct Messages(pub Arc<App>);
 
@@ -59,11 +56,8 @@ impl Messages {
         if request.before_ordinal < 0 {
             return Err(Failure::field("before_ordinal", "before_ordinal is below 0; 0 asks for the newest messages"));
         }
-        let (mut messages, mut has_more) =
+        let (messages, has_more) =
             self.0.deps.store.list_messages(caller.user, chat, size, request.before_ordinal).await.map_err(refused)?;
-        let keep = newest_that_fit(&messages);
-        has_more |= keep < messages.len();
-        messages.drain(..messages.len() - keep);
         Ok(pb::ListMessagesResponse { messages, has_more })
     }
 }
@@ -86,16 +80,6 @@ fn check_text(text: &str) -> Result<(), Failure> {
     Ok(())
 }
 
-/// How many of these, counted from the newest, fit a page; at least one.
-fn newest_that_fit(messages: &[pb::Message]) -> usize {
-    let mut bytes = 0;
-    let fits = messages.iter().rev().take_while(|message| {
-        bytes += message.encoded_len();
-        bytes <= PAGE_MAX_BYTES
-    });
-    fits.count().max(1).min(messages.len())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -113,13 +97,5 @@ mod tests {
             let failure = check_text(&text).unwrap_err();
             assert_eq!((failure.code, failure.field.as_deref()), (code, Some("text")));
         }
-    }
-
-    #[test]
-    fn a_page_keeps_the_newest_and_at_least_one() {
-        let message = |bytes| pb::Message { model: "x".repeat(bytes), ..Default::default() };
-        assert_eq!(newest_that_fit(&[]), 0);
-        assert_eq!(newest_that_fit(&[message(1), message(PAGE_MAX_BYTES * 2)]), 1);
-        assert_eq!(newest_that_fit(&[message(PAGE_MAX_BYTES), message(100), message(100)]), 2);
     }
 }

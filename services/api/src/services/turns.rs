@@ -16,6 +16,7 @@ use crate::app::{self, App, refused, service};
 /// A daemon that does not answer hears it again from a worker.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(3);
 const CANCELS_AT_ONCE: usize = 16;
+const PAGE_SIZE_MAX: i32 = 500;
 
 pub struct Turns(pub Arc<App>);
 
@@ -27,8 +28,10 @@ service!(TurnService for Turns {
 impl Turns {
     async fn get(&self, caller: Principal, request: pb::GetTurnRequest) -> Result<pb::GetTurnResponse, Failure> {
         let turn = app::id::<TurnId>("turn_id", &request.turn_id)?;
-        let (turn, tool_calls) = self.0.deps.store.get_turn(caller.user, turn).await.map_err(refused)?;
-        Ok(pb::GetTurnResponse { turn: Some(turn), tool_calls })
+        let size = app::page_size(request.page_size, PAGE_SIZE_MAX)?;
+        let page = self.0.deps.store.get_turn_page(caller.user, turn, size, &request.page_token).await;
+        let (turn, tool_calls, next_page_token) = page.map_err(refused)?;
+        Ok(pb::GetTurnResponse { turn: Some(turn), tool_calls, next_page_token })
     }
 
     async fn cancel(

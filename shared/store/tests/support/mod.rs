@@ -143,6 +143,22 @@ impl World {
         self.store().get_turn(self.user, turn).await.unwrap().1
     }
 
+    /// All pages of a turn's calls, each of which must fit an answer.
+    pub async fn all_calls(&self, turn: TurnId) -> Vec<pb::ToolCall> {
+        let (mut calls, mut token) = (Vec::new(), String::new());
+        loop {
+            let page = self.store().get_turn_page(self.user, turn, 500, &token).await.unwrap();
+            let (turn, tool_calls, next_page_token) = page;
+            calls.extend(tool_calls.iter().cloned());
+            token = next_page_token.clone();
+            let answer = pb::GetTurnResponse { turn: Some(turn), tool_calls, next_page_token };
+            assert!(prost::Message::encoded_len(&answer) < limits::GRPC_MESSAGE_MAX_BYTES);
+            if token.is_empty() {
+                return calls;
+            }
+        }
+    }
+
     pub async fn turn_status(&self, turn: TurnId) -> pb::TurnStatus {
         self.store().get_turn(self.user, turn).await.unwrap().0.status()
     }
@@ -152,7 +168,7 @@ impl World {
     }
 
     pub async fn approvals(&self) -> Vec<ApprovalId> {
-        let approvals = self.store().list_approvals(self.user, Some(self.chat), false, 0).await.unwrap();
+        let (approvals, _) = self.store().list_approvals(self.user, Some(self.chat), false, 0, None).await.unwrap();
         approvals.iter().rev().map(|approval| approval.id.parse().unwrap()).collect()
     }
 
@@ -162,7 +178,8 @@ impl World {
 
     /// The chat's whole log, which must have no hole.
     pub async fn log(&self) -> Vec<pb::ChatEvent> {
-        let events = self.store().events_after(self.chat, 0, 100_000).await.unwrap();
+        let (events, more) = self.store().events_after(self.chat, 0, 100_000).await.unwrap();
+        assert!(!more, "a test's log fits one read");
         contiguous(events.iter().map(|event| event.seq));
         assert_eq!(self.store().last_seqs(&[self.chat]).await.unwrap(), [(self.chat, events.len() as i64)]);
         events
