@@ -95,6 +95,12 @@ impl Subscription {
         &self.client
     }
 
+    /// Goes on over another client's connection, perhaps to another replica, from where its view is.
+    pub fn go_on_at(&mut self, client: Client) {
+        self.client = client;
+        self.stream = None;
+    }
+
     /// Drops the connection, as a lost network would; the next update comes over a new one.
     pub fn disconnect(&mut self) {
         self.stream = None;

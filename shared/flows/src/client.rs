@@ -94,7 +94,8 @@ impl Flows {
             let fields = HashMap::from([(trace::TRACEPARENT.to_owned(), trace::payload(traceparent))]);
             options.header = Some(Header { fields });
         }
-        let input = ChatInput { chat, linger_ms: config.linger.as_millis() as u64 };
+        let linger_ms = config.linger.as_millis() as u64;
+        let input = ChatInput { chat, linger_ms, run_turns: config.run_turns };
         let wake = Wake { traceparent: traceparent.to_owned() };
         let call = client.signal_with_start_workflow(ChatWorkflow::run, input, ChatWorkflow::wake, wake, options);
         match tokio::time::timeout(config.rpc_timeout, call).await {

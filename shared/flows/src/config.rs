@@ -20,6 +20,9 @@ pub struct FlowsConfig {
     /// How long the workflow of an idle chat stays open for the next wake; it closes after one to two times that.
     #[serde(with = "humantime_serde")]
     pub linger: Duration,
+    /// After so many turns the workflow of a chat that never idles goes on as a new run, so that its history stays short.
+    /// At least 1; Temporal's own suggestion is followed earlier.
+    pub run_turns: u32,
     pub worker: WorkerTuning,
 }
 
@@ -32,6 +35,7 @@ impl Default for FlowsConfig {
             api_key_file: None,
             rpc_timeout: Duration::from_secs(5),
             linger: Duration::from_secs(4),
+            run_turns: 100,
             worker: WorkerTuning::default(),
         }
     }

@@ -34,13 +34,18 @@ const BACKOFF_MAX: Duration = Duration::from_secs(5);
 const SLEEP_MIN: Duration = Duration::from_millis(20);
 /// A look that is due this soon is waited for; for a later one the relay wakes.
 const SLEEP_MAX: Duration = Duration::from_secs(15);
-/// Turns of one run, so that the history of a chat that never idles stays short.
-const RUN_TURNS_MAX: u32 = 100;
-
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ChatInput {
     pub chat: ChatId,
     pub linger_ms: u64,
+    /// Turns of one run. It is part of the input, so that a replay decides as the run did.
+    #[serde(default = "usual_run_turns")]
+    pub run_turns: u32,
+}
+
+/// What runs had whose input did not say it.
+fn usual_run_turns() -> u32 {
+    100
 }
 
 /// "Look again." Nothing more: what is to be done is in Postgres.
@@ -75,6 +80,7 @@ impl ChatWorkflow {
     pub async fn run(ctx: &mut WorkflowContext<Self>) -> WorkflowResult<()> {
         let ctx = &*ctx;
         let linger = Duration::from_millis(ctx.state(|s| s.input.linger_ms));
+        let run_turns = ctx.state(|s| s.input.run_turns).max(1);
         let mut turns = 0;
         let mut newest: Option<TurnId> = None;
         // One alarm at a time: a wake leaves it running, and it only looks whether there was one. Starting and
@@ -87,6 +93,10 @@ impl ChatWorkflow {
             let sleep = loop {
                 if step.turn().is_some_and(|turn| newest.replace(turn) != Some(turn)) {
                     turns += 1;
+                }
+                // The turns of a chat that never idles follow one another: its run ends between two steps.
+                if turns > run_turns || ctx.continue_as_new_suggested() {
+                    break None;
                 }
                 let next = match step {
                     Step::CallModel { turn, iteration } => call_model(ctx, turn, iteration, &mut seen).await,
@@ -109,7 +119,7 @@ impl ChatWorkflow {
             if ctx.cancellation_token().is_cancelled() {
                 return Ok(());
             }
-            if turns >= RUN_TURNS_MAX || ctx.continue_as_new_suggested() {
+            if turns >= run_turns || ctx.continue_as_new_suggested() {
                 let _ = ctx.wait_condition(|_| ctx.all_handlers_finished()).await;
                 ctx.continue_as_new(ctx.state(|s| s.input.clone()), ContinueAsNewOptions::default())?;
             }

@@ -151,6 +151,10 @@ struct Rig {
 const PARENT: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
 
 async fn rig() -> Rig {
+    rig_with(FlowsConfig::default()).await
+}
+
+async fn rig_with(config: FlowsConfig) -> Rig {
     let address = std::env::var("RELIANT_TEST_TEMPORAL")
         .expect("RELIANT_TEST_TEMPORAL is the address of a Temporal to test with; `make test` sets it");
     let _ = tracing_subscriber::fmt().with_env_filter(tracing_subscriber::EnvFilter::from_default_env()).try_init();
@@ -158,7 +162,7 @@ async fn rig() -> Rig {
         address: address.clone(),
         task_queue: format!("test-{}", ChatId::new()),
         linger: Duration::from_millis(300),
-        ..Default::default()
+        ..config
     };
     let memory = Arc::new(Memory::default());
     let drain = CancellationToken::new();
@@ -255,6 +259,23 @@ async fn a_wake_during_a_call_changes_nothing_unless_the_turn_is_over() {
     rig.ended(second).await;
     rig.memory.until("stop of the first call", |m| *m.stopped.lock().unwrap() == 1).await;
     rig.finish("cancelled_call").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_chat_that_never_idles_goes_on_in_new_runs() {
+    let rig = rig_with(FlowsConfig { run_turns: 2, ..Default::default() }).await;
+    let turns: Vec<_> = (0..7).map(|n| rig.memory.add(n == 3)).collect();
+    rig.wake().await;
+    rig.memory.until("dispatch", |m| m.turns.lock().unwrap().iter().any(|t| t.phase == Phase::Sent)).await;
+    rig.memory.result(turns[3]);
+    rig.wake().await;
+    rig.ended(turns[6]).await;
+    assert_eq!(*rig.memory.ended.lock().unwrap(), turns, "in order, each once");
+    let history = rig.closed().await;
+    let calls = history.matches("activityType").count();
+    assert!(history.contains("continuedExecutionRunId"), "the last run continues another");
+    assert!(calls <= 3, "a run has two turns at most: {calls} calls in the last one");
+    rig.finish("continued").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,0 +1,198 @@
+//! Several of each role: whoever takes a step, viewers see everything once and in order, and nothing that waits is lost.
+
+use std::collections::HashMap;
+
+use anyhow::{Context as _, Result};
+use reliant_client::{Client, ClientConfig, ClientUpdate, From};
+use reliant_harness::{DaemonOptions, Person, Rig, RigOptions, eventually, tools_dir};
+use reliant_types::{ChatId, TurnId, pb};
+use serde_json::json;
+
+use crate::scripts::{MODEL, PATIENCE, one_call, script, session};
+
+/// The same person at another replica.
+async fn at(rig: &Rig, person: &Person, api: usize) -> Result<Client> {
+    Ok(Client::connect(ClientConfig::new(rig.mesh.api_url(api), person.token.clone())).await?)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_viewer_at_one_replica_sees_what_is_sent_at_the_other() -> Result<()> {
+    let rig = Rig::start(RigOptions { apis: 2, workers: 2, ..Default::default() }).await?;
+    let ada = rig.person("ada").await?;
+    let _daemon = rig.daemon(&ada, "laptop", DaemonOptions::default()).await?;
+    let other = at(&rig, &ada, 1).await?;
+    let mut senders = Vec::new();
+    let mut viewers = Vec::new();
+    for _ in 0..4 {
+        let sender = session(&ada, MODEL, pb::ChatMode::Auto).await?;
+        viewers.push(other.open_from(sender.chat(), From::Start).await?);
+        senders.push(sender);
+    }
+    let rounds = json!([
+        { "text": "first {round}", "rate": 300,
+          "tools": [{ "name": "shell", "repeat": 2, "args": { "command": "for i in 1 2 3; do echo {index} $i; sleep 0.05; done" } }] },
+        { "tokens": 60, "rate": 300 },
+    ]);
+    let mut turns = Vec::new();
+    for round in 0..3 {
+        for sender in &senders {
+            let sent = sender.send(&format!("{round} {}", script(rounds.clone()))).await?;
+            turns.push((sender.chat(), sent.turn.context("no turn")?.id.parse::<TurnId>()?));
+        }
+    }
+    for (chat, turn) in &turns {
+        for viewer in viewers.iter_mut().chain(&mut senders).filter(|viewer| viewer.chat() == *chat) {
+            let ended = viewer.wait_turn(*turn, PATIENCE).await?;
+            assert_eq!(ended.status(), pb::TurnStatus::Succeeded, "{ended:?}");
+        }
+    }
+    for viewer in viewers.iter().chain(&senders) {
+        let seen = viewer.verification();
+        assert!(seen.is_clean() && seen.bytes > 0, "{seen:?}");
+    }
+    // Both see the same.
+    for (viewer, sender) in viewers.iter().zip(&senders) {
+        let texts = |session: &reliant_client::ChatSession| -> Vec<(i32, String)> {
+            session
+                .view()
+                .messages
+                .values()
+                .map(|message| (message.ordinal, reliant_client::text_of(message)))
+                .collect()
+        };
+        assert_eq!(texts(viewer), texts(sender));
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_viewer_goes_on_at_the_other_replica_where_it_was() -> Result<()> {
+    let rig = Rig::start(RigOptions { apis: 2, workers: 2, ..Default::default() }).await?;
+    let ada = rig.person("ada").await?;
+    let mut writer = session(&ada, "sim/text?tokens=300&rate=100", pb::ChatMode::Ask).await?;
+    let chat: ChatId = writer.chat();
+    let sent = writer.send("a long text").await?;
+    let turn: TurnId = sent.turn.context("no turn")?.id.parse()?;
+    let (first, second) = (at(&rig, &ada, 0).await?, at(&rig, &ada, 1).await?);
+    let mut seen: HashMap<i64, u32> = HashMap::new();
+    let mut note = |update: &ClientUpdate| {
+        if let ClientUpdate::Event(event) = update {
+            *seen.entry(event.seq).or_default() += 1;
+        }
+    };
+    let mut viewer = first.open_from(chat, From::Start).await?;
+    let mut text = 0;
+    while text < 200 {
+        let update = viewer.next().await?;
+        note(&update);
+        if let ClientUpdate::Delta(delta) = update {
+            text += delta.piece.len();
+        }
+    }
+    let before = viewer.view().last_seq;
+    assert!(viewer.verification().is_clean(), "{:?}", viewer.verification());
+    // In the middle of the text, with its cursor and what it has of the text.
+    viewer.subscription().go_on_at(second);
+    loop {
+        match viewer.next().await? {
+            ClientUpdate::Reconnected => break,
+            update => note(&update),
+        }
+    }
+    let ended = loop {
+        let update = viewer.next().await?;
+        note(&update);
+        if let Some(turn) = viewer.view().turns.get(&turn.to_string()).filter(|turn| turn.ended_at.is_some()) {
+            break turn.clone();
+        }
+    };
+    assert_eq!(ended.status(), pb::TurnStatus::Succeeded, "{ended:?}");
+    let verification = viewer.verification();
+    assert!(verification.is_clean() && verification.reconnects == 1, "{verification:?}");
+    assert_eq!(writer.wait_turn(turn, PATIENCE).await?, ended);
+    let last = viewer.view().last_seq;
+    assert!(last > before, "what came after the cursor came at the other replica");
+    let expected: HashMap<i64, u32> = (1..=last.unwrap_or_default()).map(|seq| (seq, 1)).collect();
+    assert_eq!(seen, expected, "every event once");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_approval_waits_while_api_and_worker_are_restarted() -> Result<()> {
+    let mut rig = Rig::start(RigOptions { apis: 2, workers: 2, ..Default::default() }).await?;
+    let ada = rig.person("ada").await?;
+    let daemon = rig.daemon(&ada, "laptop", DaemonOptions::default()).await?;
+    let mut chat = session(&ada, MODEL, pb::ChatMode::Ask).await?;
+    let sent = chat.send(&one_call("shell", json!({ "command": "echo ran >> runs" }))).await?;
+    let turn: TurnId = sent.turn.context("no turn")?.id.parse()?;
+    let asked = eventually("the approval", PATIENCE, || async {
+        let request = pb::ListApprovalsRequest { chat_id: chat.chat().to_string(), ..Default::default() };
+        Ok(ada.client.list_approvals(request).await?.approvals.pop())
+    })
+    .await?;
+    for process in rig.mesh.apis.iter_mut().chain(&mut rig.mesh.workers) {
+        process.kill();
+    }
+    for process in rig.mesh.apis.iter_mut().chain(&mut rig.mesh.workers) {
+        process.restart(PATIENCE).await?;
+    }
+    assert!(!daemon.root.join("runs").exists(), "nobody allowed it yet");
+    // Decided at the other replica than the one it was asked at.
+    let other = at(&rig, &ada, 1).await?;
+    let listed = other.list_approvals(pb::ListApprovalsRequest::default()).await?.approvals;
+    assert_eq!(listed.iter().map(|approval| &approval.id).collect::<Vec<_>>(), [&asked.id], "it still waits");
+    let decision = pb::DecideApprovalRequest {
+        approval_id: asked.id.clone(),
+        approve: true,
+        scope: pb::ApprovalScope::Once as i32,
+    };
+    other.decide_approval(decision).await?;
+    let ended = chat.wait_turn(turn, PATIENCE).await?;
+    assert_eq!(ended.status(), pb::TurnStatus::Succeeded, "{ended:?}");
+    assert!(chat.verification().is_clean(), "{:?}", chat.verification());
+    assert_eq!(std::fs::read_to_string(daemon.root.join("runs"))?, "ran\n", "once");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_chat_that_never_idles_goes_on_in_new_runs_and_loses_nothing() -> Result<()> {
+    let env = vec![("RELIANT_FLOWS__RUN_TURNS".to_owned(), "3".to_owned())];
+    let rig = Rig::start(RigOptions { workers: 2, env, ..Default::default() }).await?;
+    let ada = rig.person("ada").await?;
+    let _daemon = rig.daemon(&ada, "laptop", DaemonOptions::default()).await?;
+    let mut chat = session(&ada, MODEL, pb::ChatMode::Auto).await?;
+    // All at once: there is always a next turn.
+    let mut turns = Vec::new();
+    for n in 0..10 {
+        let sent = chat.send(&one_call("shell", json!({ "command": format!("echo turn {n}") }))).await?;
+        turns.push(sent.turn.context("no turn")?.id.parse::<TurnId>()?);
+    }
+    for turn in &turns {
+        let ended = chat.wait_turn(*turn, PATIENCE).await?;
+        assert_eq!(ended.status(), pb::TurnStatus::Succeeded, "{ended:?}");
+    }
+    assert!(chat.verification().is_clean(), "{:?}", chat.verification());
+    let runs = eventually("the list of runs", PATIENCE, || async {
+        let runs = runs_of(&rig, chat.chat()).await?;
+        Ok(runs.iter().any(|status| status.contains("CONTINUED_AS_NEW")).then_some(runs))
+    })
+    .await?;
+    let continued = runs.iter().filter(|status| status.contains("CONTINUED_AS_NEW")).count();
+    assert!(continued >= 3, "10 turns, at most 3 in a run: {runs:?}");
+    Ok(())
+}
+
+/// The states of all runs of a chat's workflow, as Temporal's own command says them.
+async fn runs_of(rig: &Rig, chat: ChatId) -> Result<Vec<String>> {
+    let address = rig.temporal_address.trim_start_matches("http://");
+    let output = tokio::process::Command::new(tools_dir().join("bin/temporal"))
+        .args(["workflow", "list", "--address", address, "--output", "json", "--query"])
+        .arg(format!("WorkflowId = 'chat:{chat}'"))
+        .kill_on_drop(true)
+        .output()
+        .await?;
+    anyhow::ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let runs: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+    let runs = runs.as_array().context("a list of runs")?;
+    Ok(runs.iter().map(|run| run["status"].to_string()).collect())
+}
