@@ -27,7 +27,7 @@ use reliant_flows::{Flows, FlowsError};
 use reliant_models::Models;
 use reliant_runtime::{AdminServer, Drain, Role, TaskKind, check_fn};
 use reliant_store::Store;
-use reliant_types::InstanceId;
+use reliant_types::{InstanceId, limits};
 use serde::{Deserialize, Serialize};
 
 use tokio_util::sync::CancellationToken;
@@ -53,11 +53,18 @@ pub struct WorkerConfig {
     /// through Temporal. Zero switches that off.
     #[serde(with = "humantime_serde")]
     pub inline_wait: Duration,
+    /// How long a tool call may run that does not ask for a time of its own, as a shell call can.
+    #[serde(with = "humantime_serde")]
+    pub tool_timeout: Duration,
 }
 
 impl Default for WorkerConfig {
     fn default() -> Self {
-        Self { admin: SocketAddr::from(([127, 0, 0, 1], 7444)), inline_wait: Duration::from_millis(50) }
+        Self {
+            admin: SocketAddr::from(([127, 0, 0, 1], 7444)),
+            inline_wait: Duration::from_millis(50),
+            tool_timeout: limits::TOOL_TIMEOUT,
+        }
     }
 }
 
@@ -123,7 +130,7 @@ pub async fn build(config: WorkerConfig, deps: WorkerDeps) -> Result<Worker, Wor
         publisher,
         live: Live::default(),
         rounds: Arc::new(Rounds::default()),
-        schemas: Schemas::default(),
+        schemas: Schemas::new(config.tool_timeout.min(limits::TOOL_TIMEOUT_MAX)),
         cancels: Default::default(),
         instance,
         inline_wait: config.inline_wait,

@@ -70,12 +70,17 @@ pub struct Verdict {
     pub refused: Option<Failure>,
 }
 
-#[derive(Default)]
 pub struct Schemas {
+    /// Of calls that ask for none.
+    timeout: Duration,
     compiled: Mutex<HashMap<u64, Option<Arc<Validator>>>>,
 }
 
 impl Schemas {
+    pub fn new(timeout: Duration) -> Self {
+        Self { timeout, compiled: Mutex::default() }
+    }
+
     /// Judges one call. `declared` are all tools of the daemon for this root, `mode` decides which of them are allowed.
     pub fn judge(&self, declared: &[&pb::ToolDeclaration], mode: pb::ChatMode, tool: &str, input: &str) -> Verdict {
         let found = declared.iter().find(|candidate| candidate.name == tool);
@@ -95,7 +100,7 @@ impl Schemas {
         Verdict {
             read_only,
             needs_approval: refused.is_none() && !read_only && mode != pb::ChatMode::Auto,
-            timeout: timeout_of(tool, parsed.as_ref().ok()),
+            timeout: timeout_of(tool, parsed.as_ref().ok()).unwrap_or(self.timeout),
             refused,
         }
     }
@@ -172,12 +177,9 @@ fn unknown(declared: &[&pb::ToolDeclaration], tool: &str) -> Failure {
 }
 
 /// A shell call may ask for its own limit; elsewhere an argument of that name means what its tool says.
-fn timeout_of(tool: &str, input: Option<&Value>) -> Duration {
+fn timeout_of(tool: &str, input: Option<&Value>) -> Option<Duration> {
     let asked = input.filter(|_| tool == "shell").and_then(|input| input.get("timeout_seconds")?.as_u64());
-    match asked {
-        Some(seconds) if seconds > 0 => Duration::from_secs(seconds).min(limits::TOOL_TIMEOUT_MAX),
-        _ => limits::TOOL_TIMEOUT,
-    }
+    asked.filter(|seconds| *seconds > 0).map(|seconds| Duration::from_secs(seconds).min(limits::TOOL_TIMEOUT_MAX))
 }
 
 #[cfg(test)]
@@ -224,7 +226,7 @@ mod tests {
     fn calls_are_judged() {
         let tools = [tool("read_file", true, ""), tool("write_file", false, "")];
         let declared: Vec<_> = tools.iter().collect();
-        let schemas = Schemas::default();
+        let schemas = Schemas::new(limits::TOOL_TIMEOUT);
         let check = |mode, tool: &str, input: &str| {
             let verdict = schemas.judge(&declared, mode, tool, input);
             (verdict.refused.map(|failure| failure.code), verdict.needs_approval)
@@ -243,10 +245,12 @@ mod tests {
     #[test]
     fn a_broken_schema_checks_nothing_and_a_limit_may_be_asked_for() {
         let broken = pb::ToolDeclaration { input_schema_json: r#"{"type":12}"#.into(), ..tool("x", false, "") };
-        let verdict = Schemas::default().judge(&[&broken], pb::ChatMode::Auto, "x", r#"{"timeout_seconds":5}"#);
+        let verdict =
+            Schemas::new(limits::TOOL_TIMEOUT).judge(&[&broken], pb::ChatMode::Auto, "x", r#"{"timeout_seconds":5}"#);
         assert_eq!((verdict.refused, verdict.timeout), (None, limits::TOOL_TIMEOUT));
         let asked = |seconds: u64| timeout_of("shell", Some(&serde_json::json!({ "timeout_seconds": seconds })));
-        assert_eq!(asked(5), Duration::from_secs(5));
-        assert_eq!(asked(u64::MAX), limits::TOOL_TIMEOUT_MAX);
+        assert_eq!(asked(5), Some(Duration::from_secs(5)));
+        assert_eq!(asked(u64::MAX), Some(limits::TOOL_TIMEOUT_MAX));
+        assert_eq!(asked(0), None);
     }
 }

@@ -19,7 +19,9 @@ fn tool(name: &str) -> Result<PathBuf> {
 }
 
 async fn with_servers(servers: Value) -> Result<(Rig, Person, TestDaemon)> {
-    let rig = Rig::start(RigOptions::default()).await?;
+    // A call that hangs must not hold up the test for two minutes.
+    let env = vec![("RELIANT_WORKER__TOOL_TIMEOUT".to_owned(), "4s".to_owned())];
+    let rig = Rig::start(RigOptions { env, ..Default::default() }).await?;
     let ada = rig.person("ada").await?;
     let files = vec![(".mcp.json", json!({ "mcpServers": servers }).to_string())];
     let daemon = rig.daemon(&ada, "laptop", DaemonOptions { files, trust_mcp: true, ..Default::default() }).await?;
@@ -107,7 +109,9 @@ for line in sys.stdin:
                   "serverInfo": {"name": "bad", "version": "1"}}
     elif method == "tools/list":
         result = {"tools": [{"name": name, "description": name, "inputSchema": {"type": "object"},
-                             "annotations": {"readOnlyHint": True}} for name in ("die", "hang", "lie", "fine")]}
+                             "annotations": {"readOnlyHint": True}} for name in ("die", "hang", "lie", "fine")]
+                            + [{"name": "no_schema", "description": "x" * 100000, "inputSchema": {"type": 12, "$ref": "nowhere"}},
+                               {"name": "evil name\n", "inputSchema": {"type": "object", "properties": 7}}]}
     elif method == "tools/call":
         name = message["params"]["name"]
         if name == "die":
@@ -149,11 +153,32 @@ async fn a_server_that_dies_or_lies_or_hangs_harms_only_its_call() -> Result<()>
     let call = only_call(&report);
     assert!(call.is_error && report.succeeded(), "{call:?}");
 
-    // A hanging call is cancelled by the person.
+    // Schemas that are none, and names that no model takes, harm nobody: the tool is called and judges for itself.
+    let report = session.send_and_wait(&one_call("mcp__bad__no_schema", json!({ "any": 1 })), PATIENCE).await?;
+    let call = only_call(&report);
+    assert_eq!(call.status(), pb::ToolCallStatus::Succeeded, "{call:?}");
+    let report = session.send_and_wait(&one_call("mcp__bad__evil_name_", json!({})), PATIENCE).await?;
+    assert!(!only_call(&report).tool.contains('\n') && report.succeeded());
+
+    // A hanging call ends at its time, and the server that is stuck is started again.
+    let report = session.send_and_wait(&one_call("mcp__bad__hang", json!({})), PATIENCE).await?;
+    let call = only_call(&report);
+    assert_eq!((call.status(), call.is_error), (pb::ToolCallStatus::TimedOut, true), "{call:?}");
+    assert!(call.result.split(' ').count() > 4, "{call:?}");
+    // The next calls may still meet the stuck server, and are told so; then it has been started again.
+    let mut met = Vec::new();
+    while met.last() != Some(&pb::ToolCallStatus::Succeeded) {
+        assert!(met.len() < 6, "it was not started again: {met:?}");
+        let report = session.send_and_wait(&one_call("mcp__bad__fine", json!({})), PATIENCE).await?;
+        assert!(report.succeeded(), "{:?}", report.turn);
+        met.push(only_call(&report).status());
+    }
+
+    // Or it is cancelled by the person.
     let sent = session.send(&one_call("mcp__bad__hang", json!({}))).await?;
     let turn: reliant_types::TurnId = sent.turn.context("no turn")?.id.parse()?;
     eventually("the hanging call to run", PATIENCE, || async {
-        let turn = ada.client.get_turn(pb::GetTurnRequest { turn_id: turn.to_string() }).await?;
+        let turn = ada.client.get_turn(pb::GetTurnRequest { turn_id: turn.to_string(), ..Default::default() }).await?;
         Ok(turn.tool_calls.iter().any(|call| call.status() == pb::ToolCallStatus::Running).then_some(()))
     })
     .await?;
