@@ -96,6 +96,9 @@ pub async fn connect_store(config: &Config) -> Result<Store> {
             Ok(store) => return Ok(store),
             Err(error) => error,
         };
+        if !error.is_retryable() {
+            return Err(error).context("Postgres cannot be used; check store.url, or DATABASE_URL of `reliant up`");
+        }
         if tokio::time::Instant::now() >= deadline {
             return Err(error).context("Postgres cannot be reached; check store.url");
         }

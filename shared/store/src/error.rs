@@ -14,6 +14,9 @@ pub(crate) mod sqlstate {
     pub const LOCK_NOT_AVAILABLE: &str = "55P03";
     pub const QUERY_CANCELED: &str = "57014";
     pub const ADMIN_SHUTDOWN: &str = "57P01";
+    pub const NO_SUCH_DATABASE: &str = "3D000";
+    /// Class: invalid authorization.
+    pub const LOGIN_CLASS: &str = "28";
     /// Classes: connection exception, insufficient resources, operator intervention, system error.
     pub const AWAY_CLASSES: [&str; 4] = ["08", "53", "57", "58"];
 }
@@ -34,6 +37,9 @@ pub enum StoreError {
     /// Postgres is away, overloaded or slow; trying again helps.
     #[error("the database does not answer")]
     Unavailable(#[source] sqlx::Error),
+    /// It answers, and does not let us in.
+    #[error("Postgres refuses the user, the password or the database that store.url names")]
+    Refused(#[source] sqlx::Error),
     /// Transactions stood in each other's way more often than they were tried again.
     #[error("the database had conflicting changes")]
     Conflict(#[source] sqlx::Error),
@@ -75,6 +81,8 @@ impl From<sqlx::Error> for StoreError {
                 sqlstate::UNIQUE_VIOLATION | sqlstate::FOREIGN_KEY_VIOLATION => {
                     StoreError::Duplicate { constraint: database.constraint().unwrap_or_default().to_owned() }
                 }
+                sqlstate::NO_SUCH_DATABASE => StoreError::Refused(error),
+                code if code.starts_with(sqlstate::LOGIN_CLASS) => StoreError::Refused(error),
                 code if sqlstate::AWAY_CLASSES.iter().any(|class| code.starts_with(class)) => {
                     StoreError::Unavailable(error)
                 }
@@ -105,7 +113,7 @@ impl From<StoreError> for Failure {
                 "a newer process of this daemon took over; this one stops. Give each machine a daemon of its own",
             ),
             StoreError::Failure(failure) => failure,
-            StoreError::Unavailable(_) => {
+            StoreError::Unavailable(_) | StoreError::Refused(_) => {
                 Failure::new(Code::Unavailable, "the database does not answer; try again").retry_after(RETRY_AFTER)
             }
             StoreError::Conflict(_) => {
