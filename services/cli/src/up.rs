@@ -158,6 +158,7 @@ pub async fn start(plan: Plan) -> Result<Up> {
         usual_ports: plan.usual_ports,
         extra_config,
         env: Vec::new(),
+        role_env: Vec::new(),
     };
     let mesh = progress("roles: api, worker, gateway", Mesh::start(spec, &stack)).await?;
 

@@ -128,9 +128,10 @@ impl RoleProcess {
         if let Some(admin) = self.addresses.admin {
             spec.args.push(format!("--set={}.admin={admin}", spec.role).into());
         }
-        let args = std::mem::take(&mut self.spec.args);
+        let own = self.spec.clone();
+        // Where this fails, all stays as it was and may be tried again.
         *self = Self::launch(spec, patience, true).await?;
-        self.spec.args = args;
+        self.spec = own;
         Ok(())
     }
 

@@ -37,6 +37,8 @@ pub struct MeshSpec {
     pub extra_config: String,
     /// For every role.
     pub env: Vec<(String, String)>,
+    /// For single roles, by name (`api-0`); wins over all else in their environment.
+    pub role_env: Vec<(String, String, String)>,
 }
 
 /// Running role processes. Dropped, they are killed; [`Mesh::stop`] drains them.
@@ -198,6 +200,8 @@ fn server(spec: &MeshSpec, stack: &Stack, config: &Path, name: &'static str, ind
     if let Some(user) = stack.nats_user(nats_role) {
         role.env.push(("RELIANT_BUS__INBOX_PREFIX".into(), user.inbox_prefix.into()));
     }
+    let own = spec.role_env.iter().filter(|(of, _, _)| *of == role.name);
+    role.env.extend(own.map(|(_, key, value)| (key.into(), value.into())));
     role
 }
 

@@ -1,8 +1,18 @@
 //! Real servers and real role processes for tests: private Postgres, NATS and Temporal, the `reliant` binary, port 0,
 //! and a database of its own for each mesh. Nothing here is a stand-in but the model provider (`reliant model-sim`).
 
+mod arena;
+mod fault;
+mod link;
+mod observer;
+mod proxy;
 mod rig;
 mod wait;
 
+pub use arena::{Arena, ArenaOptions, Claim, Collapse, Host, Node, Supervised, Visitor};
+pub use fault::{Fault, Strike};
+pub use link::{Layer, Link, Peer};
+pub use observer::{CallLook, Hold, LogLook, Observer, StoredMessage, TurnLook};
+pub use proxy::{Network, Proxy};
 pub use rig::{DaemonOptions, Person, Rig, RigOptions, TestDaemon, init, tools_dir};
 pub use wait::{eventually, within};

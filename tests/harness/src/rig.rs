@@ -146,6 +146,7 @@ impl Rig {
             usual_ports: false,
             extra_config: options.config,
             env: options.env,
+            role_env: Vec::new(),
         };
         let mesh = Mesh::start(spec, &nats).await?;
         let store =
@@ -242,7 +243,7 @@ impl Person {
 }
 
 /// The `reliant` binary built by the same cargo call as this test.
-fn binary() -> Result<PathBuf> {
+pub(crate) fn binary() -> Result<PathBuf> {
     let test = std::env::current_exe()?;
     let beside = test.ancestors().skip(1).map(|dir| dir.join("reliant")).find(|path| path.is_file());
     beside.with_context(|| format!("no `reliant` binary near {}; build the workspace first", test.display()))

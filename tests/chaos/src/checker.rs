@@ -1,0 +1,280 @@
+//! When all is over: what was promised, against what Postgres, the journals, the marker files and the viewers say.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::Result;
+use reliant_client::{ChatSession, From};
+use reliant_daemon::journal::Journal;
+use reliant_harness::{Arena, CallLook, Host, StoredMessage};
+use reliant_types::pb;
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use crate::{
+    matrix::Kind,
+    report::{Findings, Hit},
+    scripts::{Marks, key_of},
+    seat::{Ledger, Seat},
+};
+
+/// After the last fault is healed, for all that is under way.
+const QUIET_PATIENCE: Duration = Duration::from_secs(120);
+const CATCH_UP_PATIENCE: Duration = Duration::from_secs(40);
+const STOP_PATIENCE: Duration = Duration::from_secs(20);
+const JOURNAL_MAX_BYTES: u64 = 1 << 30;
+/// The daemon's last acknowledgement may still be on its way when the turn has ended.
+const DELIVERY: Duration = Duration::from_secs(3);
+/// Clocks are the same machine's; rows are stamped when a transaction begins.
+const SLACK_MS: i64 = 1000;
+
+pub struct Subject<'a> {
+    pub arena: &'a Arc<Arena>,
+    pub ledger: &'a Ledger,
+    pub hosts: &'a [Host],
+    pub hits: Vec<Hit>,
+}
+
+/// Reads everything; `seats` are done watching.
+pub async fn check(subject: &Subject<'_>, seats: Vec<Seat>) -> Result<Findings> {
+    let mut found = Findings::default();
+    quiet(subject, &mut found).await?;
+    turns(subject, &mut found).await?;
+    logs(subject, &mut found).await?;
+    viewers(subject, seats, &mut found).await?;
+    calls(subject, &mut found).await?;
+    tokio::time::sleep(DELIVERY).await;
+    subject.arena.stop_hosts(STOP_PATIENCE).await;
+    journals(subject, &mut found).await?;
+    Ok(found)
+}
+
+async fn quiet(subject: &Subject<'_>, found: &mut Findings) -> Result<()> {
+    let deadline = Instant::now() + QUIET_PATIENCE;
+    loop {
+        let open = subject.arena.observer.open_turns().await?;
+        if open.is_empty() {
+            return Ok(());
+        }
+        if Instant::now() >= deadline {
+            found.broken.push(format!("{} turns do not end: {open:?}", open.len()));
+            return Ok(());
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
+
+/// Every accepted message is one turn that was answered.
+async fn turns(subject: &Subject<'_>, found: &mut Findings) -> Result<()> {
+    let rows = subject.arena.observer.turns().await?;
+    let status: HashMap<Uuid, (String, String)> =
+        rows.iter().map(|(id, status, error)| (*id, (status.clone(), error.clone()))).collect();
+    let accepted = subject.ledger.accepted.lock().clone();
+    found.turns = accepted.len();
+    let mut turn_of = HashMap::new();
+    let mut answered: HashMap<Uuid, Vec<StoredMessage>> = HashMap::new();
+    for chat in accepted.iter().map(|one| one.chat).collect::<HashSet<_>>() {
+        for message in subject.arena.observer.messages(chat).await? {
+            if let Some(turn) = message.turn {
+                answered.entry(turn).or_default().push(message);
+            }
+        }
+    }
+    for one in &accepted {
+        if turn_of.insert(one.client_message_id.clone(), one.turn).is_some_and(|before| before != one.turn) {
+            found.duplicated.push(format!("{}: the message became two turns", one.key));
+        }
+        match status.get(&one.turn.0) {
+            None => found.lost.push(format!("{}: turn {} is not stored", one.key, one.turn)),
+            Some((status, error)) if status != "succeeded" => {
+                found.lost.push(format!("{}: turn {} is {status}: {error}", one.key, one.turn));
+            }
+            Some(_) => {}
+        }
+        let messages = answered.get(&one.turn.0).map(Vec::as_slice).unwrap_or_default();
+        let own = messages.iter().filter(|message| message.client_message_id.as_ref() == Some(&one.client_message_id));
+        match own.count() {
+            1 => {}
+            0 => found.lost.push(format!("{}: the person's message is not stored", one.key)),
+            n => found.duplicated.push(format!("{}: the person's message is stored {n} times", one.key)),
+        }
+        if !messages.last().is_some_and(|message| message.role == "assistant" && !message.blocks.is_empty()) {
+            found.lost.push(format!("{}: the turn's last message is no answer", one.key));
+        }
+    }
+    if rows.len() != turn_of.len() {
+        let known: HashSet<Uuid> = turn_of.values().map(|turn| turn.0).collect();
+        let others = rows.iter().filter(|(id, _, _)| !known.contains(id)).count();
+        found.broken.push(format!("{others} turns are stored that nobody was told of"));
+    }
+    Ok(())
+}
+
+async fn logs(subject: &Subject<'_>, found: &mut Findings) -> Result<()> {
+    let observer = &subject.arena.observer;
+    for (what, logs) in [("chat", observer.chat_logs().await?), ("user", observer.user_logs().await?)] {
+        for log in logs.iter().filter(|log| !log.is_contiguous()) {
+            found.broken.push(format!("the log of {what} {} has a gap: {log:?}", log.id));
+        }
+    }
+    Ok(())
+}
+
+/// What was seen is what is stored, once and in order.
+async fn viewers(subject: &Subject<'_>, seats: Vec<Seat>, found: &mut Findings) -> Result<()> {
+    let counters: HashMap<Uuid, i64> =
+        subject.arena.observer.chat_logs().await?.iter().map(|log| (log.id, log.counter)).collect();
+    for seat in seats {
+        found.broken.extend(seat.errors().into_iter().map(|error| format!("a viewer was refused: {error}")));
+        let (chat, client) = (seat.chat, seat.client.clone());
+        let counter = counters.get(&chat.0).copied().unwrap_or_default();
+        let mut watched = seat.leave().await?;
+        let stored = subject.arena.observer.messages(chat).await?;
+        compare(&mut watched, counter, &stored, "the viewer", found).await;
+        let seen = watched.verification();
+        found.reconnects += seen.reconnects;
+        found.epoch_changes += seen.epoch_changes;
+        // Somebody who comes now and asks for all of it.
+        match client.open_from(chat, From::Start).await {
+            Ok(mut again) => compare(&mut again, counter, &stored, "a late viewer", found).await,
+            Err(error) => found.broken.push(format!("chat {chat} cannot be opened: {error}")),
+        }
+    }
+    Ok(())
+}
+
+async fn compare(session: &mut ChatSession, counter: i64, stored: &[StoredMessage], who: &str, found: &mut Findings) {
+    let chat = session.chat();
+    let deadline = Instant::now() + CATCH_UP_PATIENCE;
+    while session.view().last_seq != Some(counter) {
+        if let Err(error) = session.subscription().next_before(deadline).await {
+            let at = session.view().last_seq;
+            found.broken.push(format!("{who} of chat {chat} stands at {at:?} of {counter}: {error}"));
+            return;
+        }
+    }
+    let seen = session.verification();
+    if !seen.is_clean() {
+        found.broken.push(format!("{who} of chat {chat} was not served well: {seen:?}"));
+    }
+    let known: BTreeMap<&str, &pb::Message> =
+        session.view().messages.values().map(|message| (message.id.as_str(), message)).collect();
+    let whole = session.view().messages.keys().next() == Some(&1);
+    for message in stored {
+        match known.get(message.id.to_string().as_str()) {
+            Some(seen) if seen.blocks == message.blocks => {}
+            Some(seen) => found.broken.push(format!(
+                "{who} of chat {chat} knows another text of message {}: {:?} and stored {:?}",
+                message.id, seen.blocks, message.blocks
+            )),
+            // A snapshot has the newest messages only.
+            None if !whole => {}
+            None => found.broken.push(format!("{who} of chat {chat} does not know message {}", message.id)),
+        }
+    }
+}
+
+async fn calls(subject: &Subject<'_>, found: &mut Findings) -> Result<()> {
+    let calls = subject.arena.observer.all_calls().await?;
+    found.tool_calls = calls.len();
+    let mut marks: BTreeMap<(String, i32, i32), (usize, usize)> = BTreeMap::new();
+    for host in subject.hosts {
+        let read = Marks::read(&host.root);
+        found.broken.extend(read.strange.iter().map(|line| format!("a torn line in {}: {line:?}", host.name)));
+        for (key, lines) in &read.begun {
+            marks.entry(key.clone()).or_default().0 += lines.len();
+        }
+        for (key, lines) in &read.ended {
+            marks.entry(key.clone()).or_default().1 += lines.len();
+        }
+    }
+    for (key, (begun, ended)) in &marks {
+        if *begun > 1 || *ended > 1 {
+            found.duplicated.push(format!("the call {key:?} began {begun} times and ended {ended} times"));
+        }
+    }
+    let mut asked = HashMap::new();
+    for call in &calls {
+        let Some(key) = key_of(&call.input) else {
+            found.broken.push(format!("call {} has a strange input: {}", call.id, call.input));
+            continue;
+        };
+        if let Some(other) = asked.insert(key.clone(), call.id) {
+            found.duplicated.push(format!("the model's call {key:?} is stored as {other} and {}", call.id));
+        }
+        let (begun, ended) = marks.get(&key).copied().unwrap_or_default();
+        match call.status.as_str() {
+            "succeeded" if begun == 1 && ended == 1 => {}
+            "succeeded" => {
+                found.broken.push(format!("call {key:?} succeeded, but began {begun} and ended {ended} times"))
+            }
+            "outcome_unknown" => {
+                found.unknown += 1;
+                if let Some(why) = unexplained(subject, call) {
+                    found.unexplained.push(format!("call {key:?} ({}): {why}", call.unknown_cause));
+                }
+            }
+            other => {
+                let text: String = call.result.chars().take(200).collect();
+                found.broken.push(format!(
+                    "call {key:?} of daemon {} is {other} {}: {text}",
+                    host_name(subject, call),
+                    call.error_code
+                ));
+            }
+        }
+    }
+    for key in marks.keys().filter(|key| !asked.contains_key(*key)) {
+        found.broken.push(format!("the call {key:?} ran and is not stored"));
+    }
+    Ok(())
+}
+
+fn host_name(subject: &Subject<'_>, call: &CallLook) -> String {
+    let id = call.daemon.map(|id| id.to_string()).unwrap_or_default();
+    subject.hosts.iter().find(|host| host.id == id).map(|host| host.role.name.clone()).unwrap_or_default()
+}
+
+/// Why this unknown outcome cannot have come of a fault; None where it can.
+fn unexplained(subject: &Subject<'_>, call: &CallLook) -> Option<String> {
+    let host = host_name(subject, call);
+    let during = |hit: &&Hit| {
+        let (from, to) = (call.dispatched_ms.unwrap_or(i64::MIN), call.ended_ms.unwrap_or(i64::MAX));
+        hit.node == host && hit.since_ms + SLACK_MS >= from && hit.since_ms <= to + SLACK_MS
+    };
+    let mut hits = subject.hits.iter().filter(during);
+    match call.unknown_cause.as_str() {
+        "process_died" if hits.any(|hit| matches!(hit.cell.kind, Kind::Kill | Kind::Terminate)) => None,
+        "process_died" => Some(format!("{host} was not ended while it ran")),
+        // No journal is lost here, and no daemon stays away for hours.
+        other => Some(format!("no fault of this campaign is a reason for '{other}'")),
+    }
+}
+
+/// What the daemons wrote down: nothing runs, and nothing waits for its acknowledgement.
+async fn journals(subject: &Subject<'_>, found: &mut Findings) -> Result<()> {
+    for host in subject.hosts {
+        let dir = host.state_dir.clone();
+        let read = tokio::task::spawn_blocking(move || {
+            let journal = Journal::open(&dir, JOURNAL_MAX_BYTES)?;
+            let (running, finished) = (journal.running(), journal.finished());
+            journal.close();
+            Ok::<_, reliant_daemon::journal::JournalError>((running, finished))
+        });
+        match read.await? {
+            Ok((running, finished)) => {
+                for (id, _) in running {
+                    found.broken.push(format!("the journal of {} says that {id} still runs", host.name));
+                }
+                for (id, _) in finished {
+                    found.broken.push(format!("the journal of {} has a result of {id} that nobody took", host.name));
+                }
+            }
+            Err(error) => found.broken.push(format!("the journal of {} cannot be read: {error}", host.name)),
+        }
+    }
+    Ok(())
+}

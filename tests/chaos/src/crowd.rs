@@ -1,0 +1,92 @@
+//! Everybody else: chats that go on all the time, so that each fault strikes many turns at many steps.
+
+use std::{sync::Arc, time::Duration};
+
+use anyhow::Result;
+use reliant_harness::{Arena, Host, Visitor};
+use reliant_types::pb;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    chance::Chance,
+    report::Tally,
+    scripts::{call, last, message, round},
+    seat::{Ledger, Seat},
+    step::describe,
+};
+
+/// As for the chats that faults are aimed at, and the fault of another on top.
+const END_PATIENCE: Duration = Duration::from_secs(240);
+
+pub struct Neighbour {
+    pub visitor: Visitor,
+    pub host: Host,
+    pub seats: Vec<Seat>,
+    name: String,
+}
+
+impl Neighbour {
+    pub async fn new(arena: &Arc<Arena>, name: &str, chats: usize, ledger: &Arc<Ledger>) -> Result<Self> {
+        let visitor = arena.visitor(name).await?;
+        let host = arena.host(&visitor, name).await?;
+        let mut seats = Vec::new();
+        for number in 0..chats {
+            let mode = if number % 3 == 2 { pb::ChatMode::Ask } else { pb::ChatMode::Auto };
+            seats.push(Seat::take(&visitor.client, mode, ledger).await?);
+        }
+        Ok(Self { visitor, host, seats, name: name.to_owned() })
+    }
+
+    /// Until told to stop, and then to the end of the last turn.
+    pub async fn live(&self, arena: &Arena, seed: u64, ledger: &Ledger, tally: &Tally, stop: &CancellationToken) {
+        let lives = self.seats.iter().enumerate().map(|(number, seat)| async move {
+            let mut chance = Chance::new(seed, 500_000 + number as u64);
+            let asks = number % 3 == 2;
+            while !stop.is_cancelled() {
+                let key = ledger.key(&self.name);
+                if let Err(error) = one_turn(arena, seat, &key, asks, &mut chance, tally).await {
+                    tally.problem(format!("{key}: {error:#}"));
+                }
+                tokio::time::sleep(chance.between(100, 1500)).await;
+            }
+        });
+        futures::future::join_all(lives).await;
+    }
+}
+
+async fn one_turn(arena: &Arena, seat: &Seat, key: &str, asks: bool, chance: &mut Chance, tally: &Tally) -> Result<()> {
+    let tokens = 20 + chance.below(60);
+    let seconds = 0.05 + chance.below(15) as f64 / 10.0;
+    let rounds = match chance.below(4) {
+        0 => vec![round(tokens, 20.0, vec![])],
+        1 => vec![round(tokens, 25.0, vec![call(key, seconds)]), last(key)],
+        2 => vec![round(tokens, 40.0, (0..3).map(|_| call(key, seconds)).collect()), last(key)],
+        _ => {
+            let one = || round(8, 30.0, vec![call(key, seconds / 3.0)]);
+            vec![one(), one(), one(), last(key)]
+        }
+    };
+    let turn = seat.send(key, &message(key, rounds)).await?;
+    let deadline = Instant::now() + END_PATIENCE;
+    loop {
+        let soon = (Instant::now() + Duration::from_millis(700)).min(deadline);
+        if let Some(status) = seat.ended(turn.turn, soon).await {
+            if status != pb::TurnStatus::Succeeded {
+                tally.problem(format!("{key}: the turn ended as {status:?}"));
+            }
+            return Ok(());
+        }
+        let look = arena.observer.turn(turn.turn).await;
+        if asks && let Ok(look) = &look {
+            for approval in &look.approvals_pending {
+                // Asked for again at the next look.
+                let _ = seat.approve(&approval.to_string()).await;
+            }
+        }
+        if Instant::now() >= deadline {
+            let rows = look.map_or_else(|error| error.to_string(), |look| describe(&look));
+            anyhow::bail!("the viewer saw no end of turn {}; rows: {rows}", turn.turn);
+        }
+    }
+}

@@ -1,0 +1,141 @@
+//! One cell after another: bring a chat to the step, do it, see that it hit, and that all comes right.
+
+use std::{sync::Arc, time::Duration};
+
+use parking_lot::Mutex;
+use tokio::time::Instant;
+
+use crate::{
+    chance::Chance,
+    matrix::{self, Cell, Kind, Process},
+    report::{Hit, Tally},
+    step::{Scene, Stage},
+};
+
+/// What a fault may delay a turn by; the slowest legal way is the relay's slow look.
+const END_PATIENCE: Duration = Duration::from_secs(150);
+/// Tries of one cell before another one is taken.
+const TRIES: usize = 4;
+
+/// Cells that are still to be done, shared by the lanes.
+pub struct Work {
+    cells: Mutex<Vec<(u64, Cell)>>,
+    deadline: Instant,
+}
+
+impl Work {
+    pub fn new(cells: Vec<Cell>, deadline: Instant) -> Self {
+        let mut cells: Vec<_> = (0..).zip(cells).collect();
+        cells.reverse();
+        Self { cells: Mutex::new(cells), deadline }
+    }
+
+    /// The next cell whose process nobody is at, if there is one.
+    fn next(&self) -> Option<(u64, Cell)> {
+        if Instant::now() >= self.deadline {
+            return None;
+        }
+        self.cells.lock().pop()
+    }
+
+    pub fn left(&self) -> usize {
+        self.cells.lock().len()
+    }
+}
+
+pub async fn run(stage: &Stage, work: &Work, seed: u64, tally: &Arc<Tally>) {
+    while let Some((number, cell)) = work.next() {
+        let mut chance = Chance::new(seed, 1000 + number);
+        let mut last_word = String::new();
+        let mut done = false;
+        for _ in 0..TRIES {
+            match play(stage, cell, &mut chance, tally).await {
+                Ok(Played::Hit) => {
+                    done = true;
+                    break;
+                }
+                Ok(Played::Missed(why)) => last_word = why,
+                Err(error) => {
+                    last_word = format!("{error:#}");
+                    // Another lane's fault stands in the way; let it pass.
+                    tokio::time::sleep(Duration::from_millis(500)).await;
+                }
+            }
+        }
+        if !done {
+            tally.missed(cell, last_word);
+        }
+    }
+}
+
+enum Played {
+    Hit,
+    Missed(String),
+}
+
+async fn play(stage: &Stage, cell: Cell, chance: &mut Chance, tally: &Arc<Tally>) -> anyhow::Result<Played> {
+    let missed = |why: &str| Ok(Played::Missed(why.to_owned()));
+    let Some(mut scene) = stage.bring(cell.step, cell.process, chance).await? else {
+        return missed("the step passed too quickly");
+    };
+    let played = hit(stage, cell, &mut scene, chance, tally).await;
+    scene.let_go().await;
+    let begun = Instant::now();
+    let missing = scene.finish(begun + END_PATIENCE).await?;
+    let (strike_at, healing) = match played {
+        Ok(Some(struck)) => struck,
+        Ok(None) => return missed("the step had passed, or its process was busy with another fault"),
+        Err(error) => return Err(error),
+    };
+    if let Some(healing) = healing {
+        match healing.await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tally.problem(format!("{cell}: healing failed: {error:#}")),
+            Err(error) => tally.problem(format!("{cell}: healing failed: {error}")),
+        }
+    }
+    for missing in &missing {
+        tally.problem(format!("{cell}: {missing}"));
+    }
+    tally.settled(cell, strike_at.elapsed());
+    Ok(Played::Hit)
+}
+
+type Struck = (Instant, Option<tokio::task::JoinHandle<anyhow::Result<()>>>);
+
+/// Strikes; None where the step was not there any more, and the fault (if it was done) does not count.
+async fn hit(
+    stage: &Stage,
+    cell: Cell,
+    scene: &mut Scene<'_>,
+    chance: &mut Chance,
+    tally: &Arc<Tally>,
+) -> anyhow::Result<Option<Struck>> {
+    let node = scene.victim(cell.process, chance).await?;
+    let Some(claim) = stage.arena.claim(&node) else { return Ok(None) };
+    if !scene.check().await? {
+        return Ok(None);
+    }
+    let fault = matrix::fault(&cell, chance);
+    let since = tally.wall_ms();
+    let strike = stage.arena.strike(claim, &node, &fault).await?;
+    let at = strike.at;
+    // Postgres cannot be asked while it is the one that is away; the look right before must do.
+    let still = match cell.process {
+        Process::Postgres => Ok(true),
+        _ => scene.check().await,
+    };
+    let healing = tokio::spawn(strike.heal());
+    let counts = matches!(still, Ok(true));
+    let hit = Hit { cell, node: node.peer().to_string(), counts, since_ms: since, fault: format!("{fault:?}") };
+    tally.hit(hit);
+    if !counts {
+        // Done, but it hit another step: it is healed, remembered for the checker, and not counted.
+        let _ = healing.await;
+        return Ok(None);
+    }
+    if matches!(cell.kind, Kind::Kill) {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    Ok(Some((at, Some(healing))))
+}

@@ -1,0 +1,62 @@
+//! `make chaos`: kills, cuts and stalls everything, at every step, and checks that nothing was lost.
+
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result, bail};
+use reliant_chaos::{Campaign, say};
+
+const USAGE: &str = "reliant-chaos [--short] [--seed N] [--cells N] [--takeovers N] [--lanes N] [--only TEXT] [--keep]";
+
+#[tokio::main]
+async fn main() -> Result<()> {
+    let mut seed = None;
+    let mut short = false;
+    let mut changes: Vec<Box<dyn FnOnce(&mut Campaign)>> = Vec::new();
+    let mut args = std::env::args().skip(1);
+    while let Some(arg) = args.next() {
+        let mut value = || args.next().with_context(|| format!("{arg} needs a value; {USAGE}"));
+        match arg.as_str() {
+            "--short" => short = true,
+            "--keep" => changes.push(Box::new(|campaign| campaign.keep = true)),
+            "--seed" => seed = Some(value()?.parse().context("a seed is a number")?),
+            "--cells" => {
+                let cells = value()?.parse()?;
+                changes.push(Box::new(move |campaign| campaign.cells = cells));
+            }
+            "--takeovers" => {
+                let takeovers = value()?.parse()?;
+                changes.push(Box::new(move |campaign| campaign.takeovers = takeovers));
+            }
+            "--lanes" => {
+                let lanes = value()?.parse()?;
+                changes.push(Box::new(move |campaign| campaign.lanes = lanes));
+            }
+            "--only" => {
+                let only = value()?;
+                changes.push(Box::new(move |campaign| campaign.only = Some(only)));
+            }
+            other => bail!("there is no '{other}'; {USAGE}"),
+        }
+    }
+    let seed = seed.unwrap_or_else(|| u64::from(std::process::id()) ^ now());
+    let mut campaign = if short { Campaign::short(seed) } else { Campaign::full(seed) };
+    changes.into_iter().for_each(|change| change(&mut campaign));
+    let report = campaign.run().await?;
+    let out = std::env::var_os("CHAOS_OUT").map_or_else(|| "tests/chaos/results/latest.json".into(), PathBuf::from);
+    report.write(&out)?;
+    say(&report.table());
+    let verdict = report.verdict();
+    for line in &verdict {
+        say(line);
+    }
+    say(&format!("written to {}", out.display()));
+    if !verdict.is_empty() {
+        bail!("{} findings; seed {seed}", verdict.len());
+    }
+    Ok(())
+}
+
+fn now() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    now.as_secs()
+}

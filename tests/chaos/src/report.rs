@@ -1,0 +1,274 @@
+//! What was done and what came of it: a table for people, flat JSON for programs.
+
+use std::{
+    collections::BTreeMap,
+    fmt::Write as _,
+    path::Path,
+    sync::atomic::{AtomicU64, Ordering},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use anyhow::{Context as _, Result};
+use parking_lot::Mutex;
+use serde_json::{Map, Value, json};
+
+use crate::matrix::{Cell, Kind, Process, Step};
+
+/// A fault that was done.
+#[derive(Debug, Clone)]
+pub struct Hit {
+    pub cell: Cell,
+    pub node: String,
+    /// It hit its step: rows said so right before it, and right after where they could be asked.
+    pub counts: bool,
+    /// Unix milliseconds, before it was done.
+    pub since_ms: i64,
+    pub fault: String,
+}
+
+/// Gathers while the campaign runs.
+#[derive(Debug, Default)]
+pub struct Tally {
+    hits: Mutex<Vec<Hit>>,
+    problems: Mutex<Vec<String>>,
+    missed: Mutex<Vec<(Cell, String)>>,
+    settled: Mutex<Vec<(Cell, Duration)>>,
+    takeovers: Mutex<Vec<Duration>>,
+    told: AtomicU64,
+}
+
+impl Tally {
+    pub fn wall_ms(&self) -> i64 {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        i64::try_from(now.as_millis()).unwrap_or(i64::MAX)
+    }
+
+    pub fn hit(&self, hit: Hit) {
+        let count = self.told.fetch_add(1, Ordering::Relaxed) + 1;
+        say(&format!("{count:>4} {} at {}{}", hit.cell, hit.node, if hit.counts { "" } else { " (missed its step)" }));
+        self.hits.lock().push(hit);
+    }
+
+    pub fn problem(&self, problem: String) {
+        say(&format!("  !! {problem}"));
+        self.problems.lock().push(problem);
+    }
+
+    pub fn missed(&self, cell: Cell, why: String) {
+        say(&format!("   - {cell} was not had: {why}"));
+        self.missed.lock().push((cell, why));
+    }
+
+    pub fn settled(&self, cell: Cell, after: Duration) {
+        self.settled.lock().push((cell, after));
+    }
+
+    pub fn takeover(&self, after: Duration) {
+        self.takeovers.lock().push(after);
+    }
+
+    pub fn hits(&self) -> Vec<Hit> {
+        self.hits.lock().clone()
+    }
+
+    pub fn problems(&self) -> Vec<String> {
+        self.problems.lock().clone()
+    }
+}
+
+/// What the checker found.
+#[derive(Debug, Default, Clone)]
+pub struct Findings {
+    pub turns: usize,
+    pub tool_calls: usize,
+    pub lost: Vec<String>,
+    pub duplicated: Vec<String>,
+    pub unknown: usize,
+    pub unexplained: Vec<String>,
+    /// Broken promises of any other kind.
+    pub broken: Vec<String>,
+    pub reconnects: u64,
+    pub epoch_changes: u64,
+}
+
+#[derive(Debug)]
+pub struct Report {
+    pub seed: u64,
+    pub took: Duration,
+    pub planned: usize,
+    pub findings: Findings,
+    pub collapses: Vec<String>,
+    pub failed_calls: Vec<String>,
+    hits: Vec<Hit>,
+    problems: Vec<String>,
+    missed: Vec<(Cell, String)>,
+    settled: Vec<(Cell, Duration)>,
+    takeovers: Vec<Duration>,
+}
+
+impl Report {
+    pub fn new(seed: u64, took: Duration, planned: usize, tally: &Tally, findings: Findings) -> Self {
+        let mut takeovers = tally.takeovers.lock().clone();
+        takeovers.sort();
+        Self {
+            seed,
+            took,
+            planned,
+            findings,
+            collapses: Vec::new(),
+            failed_calls: Vec::new(),
+            hits: tally.hits(),
+            problems: tally.problems(),
+            missed: tally.missed.lock().clone(),
+            settled: tally.settled.lock().clone(),
+            takeovers,
+        }
+    }
+
+    pub fn faults(&self) -> usize {
+        self.hits.iter().filter(|hit| hit.counts).count()
+    }
+
+    fn takeover_ms(&self, share: f64) -> u128 {
+        quantile(&self.takeovers, share).as_millis()
+    }
+
+    /// Why this campaign is no proof; empty when it is one.
+    pub fn verdict(&self) -> Vec<String> {
+        let mut all = Vec::new();
+        all.extend(self.findings.lost.iter().map(|text| format!("lost: {text}")));
+        all.extend(self.findings.duplicated.iter().map(|text| format!("duplicated: {text}")));
+        all.extend(self.findings.unexplained.iter().map(|text| format!("unexplained: {text}")));
+        all.extend(self.findings.broken.iter().map(|text| format!("broken: {text}")));
+        all.extend(self.problems.iter().map(|text| format!("problem: {text}")));
+        all.extend(self.failed_calls.iter().map(|text| format!("a call failed: {text}")));
+        all.extend(self.collapses.iter().map(|text| format!("ended by itself: {text}")));
+        all
+    }
+
+    pub fn table(&self) -> String {
+        let mut text = String::new();
+        let counted = |process: Process, test: &dyn Fn(&Cell) -> bool| {
+            self.hits.iter().filter(|hit| hit.counts && hit.cell.process == process && test(&hit.cell)).count()
+        };
+        let _ = writeln!(text, "\nseed {}, {:.0} s", self.seed, self.took.as_secs_f64());
+        let _ = write!(text, "{:<10}", "");
+        for kind in Kind::ALL {
+            let _ = write!(text, "{kind:>11}");
+        }
+        text.push('\n');
+        for process in Process::ALL {
+            let _ = write!(text, "{process:<10}");
+            for kind in Kind::ALL {
+                let _ = write!(text, "{:>11}", counted(*process, &|cell| cell.kind == *kind));
+            }
+            text.push('\n');
+        }
+        let _ = write!(text, "\n{:<10}", "");
+        for step in Step::ALL {
+            let _ = write!(text, "{step:>18}");
+        }
+        text.push('\n');
+        for process in Process::ALL {
+            let _ = write!(text, "{process:<10}");
+            for step in Step::ALL {
+                let _ = write!(text, "{:>18}", counted(*process, &|cell| cell.step == *step));
+            }
+            text.push('\n');
+        }
+        let mut by_pair: BTreeMap<(Process, Kind), Vec<Duration>> = BTreeMap::new();
+        for (cell, after) in &self.settled {
+            by_pair.entry((cell.process, cell.kind)).or_default().push(*after);
+        }
+        let _ = writeln!(text, "\nfrom the fault to the turn's end, slowest pairs (median, max):");
+        let mut pairs: Vec<_> = by_pair.into_iter().collect();
+        pairs.iter_mut().for_each(|(_, all)| all.sort());
+        pairs.sort_by_key(|(_, all)| std::cmp::Reverse(all.last().copied()));
+        for ((process, kind), all) in pairs.iter().take(12) {
+            let (median, max) = (quantile(all, 0.5), quantile(all, 1.0));
+            let _ = writeln!(
+                text,
+                "  {process:<9} {kind:<11} {:>7.1} s {:>7.1} s",
+                median.as_secs_f64(),
+                max.as_secs_f64()
+            );
+        }
+        for (cell, why) in &self.missed {
+            let _ = writeln!(text, "not had: {cell}: {why}");
+        }
+        let found = &self.findings;
+        let _ = writeln!(
+            text,
+            "\n{} faults ({} planned), {} turns, {} tool calls: {} lost, {} duplicated, {} unknown ({} unexplained)\n\
+             takeover over {} streams: p50 {} ms, p99 {} ms, max {} ms; viewers reconnected {} times",
+            self.faults(),
+            self.planned,
+            found.turns,
+            found.tool_calls,
+            found.lost.len(),
+            found.duplicated.len(),
+            found.unknown,
+            found.unexplained.len(),
+            self.takeovers.len(),
+            self.takeover_ms(0.5),
+            self.takeover_ms(0.99),
+            self.takeover_ms(1.0),
+            found.reconnects,
+        );
+        text
+    }
+
+    pub fn json(&self) -> Value {
+        let mut flat = Map::new();
+        let mut put = |key: &str, value: Value| drop(flat.insert(key.to_owned(), value));
+        put("seed", json!(self.seed));
+        put("seconds", json!(self.took.as_secs()));
+        put("faults", json!(self.faults()));
+        put("turns", json!(self.findings.turns));
+        put("tool_calls", json!(self.findings.tool_calls));
+        put("lost", json!(self.findings.lost.len()));
+        put("duplicated", json!(self.findings.duplicated.len()));
+        put("unknown", json!(self.findings.unknown));
+        put("unexplained", json!(self.findings.unexplained.len()));
+        put("broken", json!(self.findings.broken.len()));
+        put("problems", json!(self.problems.len()));
+        put("takeover_count", json!(self.takeovers.len()));
+        put("takeover_ms_p50", json!(self.takeover_ms(0.5)));
+        put("takeover_ms_p99", json!(self.takeover_ms(0.99)));
+        put("takeover_ms_max", json!(self.takeover_ms(1.0)));
+        Value::Object(flat)
+    }
+
+    pub fn write(&self, path: &Path) -> Result<()> {
+        if let Some(dir) = path.parent() {
+            std::fs::create_dir_all(dir).with_context(|| format!("could not make {}", dir.display()))?;
+        }
+        let text = serde_json::to_string_pretty(&self.json())?;
+        std::fs::write(path, text + "\n").with_context(|| format!("could not write {}", path.display()))
+    }
+}
+
+fn quantile(sorted: &[Duration], share: f64) -> Duration {
+    let place = (sorted.len() as f64 * share).ceil() as usize;
+    sorted.get(place.saturating_sub(1).min(sorted.len().saturating_sub(1))).copied().unwrap_or_default()
+}
+
+/// A line for whoever watches the campaign.
+#[expect(clippy::print_stdout, reason = "it is a program for people")]
+pub fn say(line: &str) {
+    println!("{line}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quantiles_are_of_the_ranks() {
+        let all: Vec<Duration> = (1..=100).map(Duration::from_millis).collect();
+        assert_eq!(quantile(&all, 0.5), Duration::from_millis(50));
+        assert_eq!(quantile(&all, 0.99), Duration::from_millis(99));
+        assert_eq!(quantile(&all, 1.0), Duration::from_millis(100));
+        assert_eq!(quantile(&[], 0.5), Duration::ZERO);
+    }
+}

@@ -1,0 +1,124 @@
+//! Faults: done to a process at once, and undone later.
+
+use std::{sync::Arc, time::Duration};
+
+use anyhow::Result;
+use reliant_devstack::Server;
+use tokio::{task::JoinHandle, time::Instant};
+
+use crate::{
+    Arena, Claim, Network, Node,
+    link::{Layer, Link, Peer},
+};
+
+/// A role that was asked to end, and drains, is killed past this.
+const DRAIN_PATIENCE: Duration = Duration::from_secs(40);
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Fault {
+    /// kill -9; started again after this long.
+    Kill { back_after: Duration },
+    /// SIGTERM, as an orchestrator would; started again once it has ended.
+    Terminate { back_after: Duration },
+    /// SIGSTOP.
+    Pause(Duration),
+    /// The ways to `only` that process, or all of its ways.
+    Network { network: Network, lasting: Duration, only: Option<Peer> },
+}
+
+/// A fault that is under way.
+pub struct Strike {
+    pub at: Instant,
+    arena: Arc<Arena>,
+    node: Node,
+    fault: Fault,
+    layers: Vec<Layer>,
+    /// The asked-for end of a server.
+    ending: Option<JoinHandle<()>>,
+    _claim: Claim,
+}
+
+impl Arena {
+    /// Does it now. The process must be claimed; the claim ends when all is well again.
+    pub async fn strike(self: &Arc<Self>, claim: Claim, node: &Node, fault: &Fault) -> Result<Strike> {
+        let mut layers = Vec::new();
+        let mut ending = None;
+        match (fault, node) {
+            (Fault::Kill { .. }, Node::Role(role)) => role.process.lock().await.kill(),
+            (Fault::Kill { .. }, Node::Server(server)) => self.stack.kill(*server)?,
+            (Fault::Terminate { .. }, Node::Role(role)) => role.process.lock().await.terminate(),
+            (Fault::Terminate { .. }, Node::Server(server)) => {
+                let (arena, server) = (self.clone(), *server);
+                ending = Some(tokio::spawn(async move { drop(arena.stack.stop_one(server).await) }));
+            }
+            (Fault::Pause(_), Node::Role(role)) => role.process.lock().await.pause(),
+            (Fault::Pause(_), Node::Server(server)) => self.stack.pause(*server)?,
+            (Fault::Network { network, only, .. }, node) => {
+                let links: Vec<Arc<Link>> = self
+                    .links_of(&node.peer())
+                    .into_iter()
+                    .filter(|link| only.as_ref().is_none_or(|peer| link.touches(peer)))
+                    .collect();
+                layers = links.iter().map(|link| link.lay(*network)).collect();
+            }
+        }
+        Ok(Strike {
+            at: Instant::now(),
+            arena: self.clone(),
+            node: node.clone(),
+            fault: fault.clone(),
+            layers,
+            ending,
+            _claim: claim,
+        })
+    }
+}
+
+impl Strike {
+    /// Waits as long as the fault lasts and undoes it.
+    pub async fn heal(mut self) -> Result<()> {
+        match (&self.fault, &self.node) {
+            (Fault::Kill { back_after }, Node::Role(role)) => {
+                tokio::time::sleep(*back_after).await;
+                self.arena.restart(role).await?;
+            }
+            (Fault::Kill { back_after }, Node::Server(server)) => {
+                tokio::time::sleep(*back_after).await;
+                restart_server(&self.arena, *server).await?;
+            }
+            (Fault::Terminate { back_after }, Node::Role(role)) => {
+                let deadline = Instant::now() + DRAIN_PATIENCE;
+                while role.process.lock().await.is_alive() && Instant::now() < deadline {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+                tokio::time::sleep(*back_after).await;
+                self.arena.restart(role).await?;
+            }
+            (Fault::Terminate { back_after }, Node::Server(server)) => {
+                if let Some(ending) = self.ending.take() {
+                    let _ = ending.await;
+                }
+                tokio::time::sleep(*back_after).await;
+                restart_server(&self.arena, *server).await?;
+            }
+            (Fault::Pause(lasting), Node::Role(role)) => {
+                tokio::time::sleep(*lasting).await;
+                role.process.lock().await.resume();
+            }
+            (Fault::Pause(lasting), Node::Server(server)) => {
+                tokio::time::sleep(*lasting).await;
+                self.arena.stack.resume(*server)?;
+            }
+            (Fault::Network { lasting, .. }, _) => {
+                tokio::time::sleep(*lasting).await;
+                self.layers.clear();
+            }
+        }
+        Ok(())
+    }
+}
+
+async fn restart_server(arena: &Arena, server: Server) -> Result<()> {
+    arena.stack.restart(server).await?;
+    Ok(())
+}

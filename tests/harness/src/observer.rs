@@ -1,0 +1,280 @@
+//! Reads Postgres by itself, over its own connections and past every proxy: what a test believes of the system must not
+//! come from the code it tests.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use prost::Message as _;
+use reliant_types::{ChatId, TurnId, pb};
+use sqlx::{
+    PgPool, Postgres, Row as _, Transaction,
+    postgres::{PgConnectOptions, PgPoolOptions},
+};
+use uuid::Uuid;
+
+/// A look that takes longer tells of another moment than the one asked about.
+const LOOK_PATIENCE: Duration = Duration::from_secs(2);
+
+#[derive(Clone, Debug)]
+pub struct Observer {
+    pool: PgPool,
+}
+
+/// A turn's rows at one moment.
+#[derive(Debug, Clone, Default)]
+pub struct TurnLook {
+    pub status: String,
+    pub iteration: i32,
+    pub fence: i64,
+    pub live: bool,
+    /// The worker that streams, as `host:port` of its admin listener.
+    pub producer: Option<String>,
+    /// Of the chat: something to do was recorded that no worker has looked at.
+    pub unseen: bool,
+    pub older_open: bool,
+    pub ended: bool,
+    pub error_code: String,
+    pub error_message: String,
+    pub approvals_pending: Vec<Uuid>,
+    pub calls: Vec<CallLook>,
+}
+
+#[derive(Debug, Clone)]
+pub struct CallLook {
+    pub id: Uuid,
+    pub turn: Uuid,
+    pub user: Uuid,
+    pub daemon: Option<Uuid>,
+    pub iteration: i32,
+    pub index: i32,
+    pub status: String,
+    pub generation: i64,
+    pub input: String,
+    pub unknown_cause: String,
+    pub error_code: String,
+    pub result: String,
+    /// Unix milliseconds.
+    pub dispatched_ms: Option<i64>,
+    pub ended_ms: Option<i64>,
+}
+
+/// A row that is held: whoever wants to write it waits.
+pub struct Hold {
+    tx: Transaction<'static, Postgres>,
+    pid: i32,
+}
+
+impl Hold {
+    /// Lets the row go.
+    pub async fn release(self) {
+        // The server may have died meanwhile, which releases as well.
+        let _ = tokio::time::timeout(LOOK_PATIENCE, self.tx.rollback()).await;
+    }
+}
+
+/// A chat's log as it is stored.
+#[derive(Debug, Clone)]
+pub struct LogLook {
+    pub id: Uuid,
+    pub counter: i64,
+    pub events: i64,
+    pub first: i64,
+    pub last: i64,
+}
+
+impl LogLook {
+    pub fn is_contiguous(&self) -> bool {
+        self.events == self.counter && (self.events == 0 || (self.first == 1 && self.last == self.counter))
+    }
+}
+
+fn call(row: &sqlx::postgres::PgRow) -> Result<CallLook> {
+    Ok(CallLook {
+        id: row.try_get("id")?,
+        turn: row.try_get("turn_id")?,
+        user: row.try_get("user_id")?,
+        daemon: row.try_get("daemon_id")?,
+        iteration: row.try_get("iteration")?,
+        index: row.try_get("index")?,
+        status: row.try_get("status")?,
+        generation: row.try_get("generation")?,
+        input: row.try_get("input")?,
+        unknown_cause: row.try_get("unknown_cause")?,
+        error_code: row.try_get("error_code")?,
+        result: row.try_get("result")?,
+        dispatched_ms: row.try_get("dispatched_ms")?,
+        ended_ms: row.try_get("ended_ms")?,
+    })
+}
+
+const CALL_COLUMNS: &str = "id, turn_id, user_id, daemon_id, iteration, index, status, generation, input, unknown_cause, \
+     error_code, result, (extract(epoch FROM dispatched_at) * 1000)::bigint AS dispatched_ms, \
+     (extract(epoch FROM ended_at) * 1000)::bigint AS ended_ms";
+
+impl Observer {
+    pub async fn connect(url: &str) -> Result<Self> {
+        let options: PgConnectOptions = url.parse()?;
+        let options = options.application_name("observer").statement_cache_capacity(64);
+        let pool =
+            PgPoolOptions::new().max_connections(16).acquire_timeout(LOOK_PATIENCE).connect_with(options).await?;
+        Ok(Self { pool })
+    }
+
+    /// The turn now; an error while Postgres is away.
+    pub async fn turn(&self, turn: TurnId) -> Result<TurnLook> {
+        tokio::time::timeout(LOOK_PATIENCE, self.look(turn)).await.context("Postgres did not answer")?
+    }
+
+    async fn look(&self, turn: TurnId) -> Result<TurnLook> {
+        let row = sqlx::query(
+            "SELECT t.status, t.iteration, t.fence, t.live_message_id IS NOT NULL AS live, i.address AS producer,
+                    c.wanted > c.seen AS unseen, t.ended_at IS NOT NULL AS ended, t.error_code, t.error_message,
+                    EXISTS (SELECT 1 FROM turns o WHERE o.chat_id = t.chat_id AND o.ordinal < t.ordinal
+                            AND o.ended_at IS NULL) AS older_open,
+                    ARRAY(SELECT a.id FROM approvals a WHERE a.turn_id = t.id AND a.status = 'pending') AS approvals
+             FROM turns t JOIN chats c ON c.id = t.chat_id LEFT JOIN instances i ON i.id = t.producer WHERE t.id = $1",
+        )
+        .bind(turn.0)
+        .fetch_one(&self.pool)
+        .await?;
+        let statement = format!("SELECT {CALL_COLUMNS} FROM tool_calls WHERE turn_id = $1 ORDER BY iteration, index");
+        let calls = sqlx::query(sqlx::AssertSqlSafe(statement)).bind(turn.0).fetch_all(&self.pool).await?;
+        Ok(TurnLook {
+            status: row.try_get("status")?,
+            iteration: row.try_get("iteration")?,
+            fence: row.try_get("fence")?,
+            live: row.try_get("live")?,
+            producer: row.try_get("producer")?,
+            unseen: row.try_get("unseen")?,
+            older_open: row.try_get("older_open")?,
+            ended: row.try_get("ended")?,
+            error_code: row.try_get("error_code")?,
+            error_message: row.try_get("error_message")?,
+            approvals_pending: row.try_get("approvals")?,
+            calls: calls.iter().map(call).collect::<Result<_>>()?,
+        })
+    }
+
+    /// The gateway that holds the daemon's stream, as `host:port`.
+    pub async fn gateway_of(&self, daemon: &str) -> Result<Option<String>> {
+        let query = sqlx::query_scalar(
+            "SELECT i.address FROM daemon_leases l JOIN instances i ON i.id = l.gateway_id
+             WHERE l.daemon_id = $1::uuid AND l.expires_at > clock_timestamp()",
+        );
+        let asked = query.bind(daemon.to_owned()).fetch_optional(&self.pool);
+        Ok(tokio::time::timeout(LOOK_PATIENCE, asked).await.context("Postgres did not answer")??)
+    }
+
+    /// Takes the chat's row, as a writer would, so that the next one waits.
+    pub async fn hold_chat(&self, chat: ChatId) -> Result<Hold> {
+        let held = async {
+            let mut tx = self.pool.begin().await?;
+            sqlx::query("SELECT 1 FROM chats WHERE id = $1 FOR NO KEY UPDATE").bind(chat.0).fetch_one(&mut *tx).await?;
+            let pid = sqlx::query_scalar("SELECT pg_backend_pid()").fetch_one(&mut *tx).await?;
+            anyhow::Ok(Hold { tx, pid })
+        };
+        tokio::time::timeout(LOOK_PATIENCE, held).await.context("the row was not to be had")?
+    }
+
+    /// Local ports, at Postgres' peers, of the transactions that wait for the held row.
+    pub async fn waiting_for(&self, hold: &Hold) -> Result<Vec<u16>> {
+        let query = sqlx::query_scalar::<_, i32>(
+            "SELECT client_port FROM pg_stat_activity
+             WHERE wait_event_type = 'Lock' AND $1 = ANY(pg_blocking_pids(pid)) AND client_port > 0",
+        );
+        let ports = query.bind(hold.pid).fetch_all(&self.pool);
+        let ports = tokio::time::timeout(LOOK_PATIENCE, ports).await.context("Postgres did not answer")??;
+        Ok(ports.into_iter().filter_map(|port| u16::try_from(port).ok()).collect())
+    }
+
+    // ---- what is checked when all is over
+
+    /// Turns that have not ended.
+    pub async fn open_turns(&self) -> Result<Vec<Uuid>> {
+        Ok(sqlx::query_scalar("SELECT id FROM turns WHERE ended_at IS NULL").fetch_all(&self.pool).await?)
+    }
+
+    pub async fn all_calls(&self) -> Result<Vec<CallLook>> {
+        let statement = format!("SELECT {CALL_COLUMNS} FROM tool_calls ORDER BY created_at");
+        let rows = sqlx::query(sqlx::AssertSqlSafe(statement)).fetch_all(&self.pool).await?;
+        rows.iter().map(call).collect()
+    }
+
+    pub async fn chat_logs(&self) -> Result<Vec<LogLook>> {
+        self.logs(
+            "SELECT c.id, c.last_seq AS counter, count(e.seq) AS events, COALESCE(min(e.seq), 0) AS first,
+                    COALESCE(max(e.seq), 0) AS last
+             FROM chats c LEFT JOIN events e ON e.chat_id = c.id GROUP BY c.id",
+        )
+        .await
+    }
+
+    pub async fn user_logs(&self) -> Result<Vec<LogLook>> {
+        self.logs(
+            "SELECT u.id, u.feed_seq AS counter, count(e.seq) AS events, COALESCE(min(e.seq), 0) AS first,
+                    COALESCE(max(e.seq), 0) AS last
+             FROM users u LEFT JOIN user_events e ON e.user_id = u.id GROUP BY u.id",
+        )
+        .await
+    }
+
+    async fn logs(&self, statement: &'static str) -> Result<Vec<LogLook>> {
+        let rows = sqlx::query(statement).fetch_all(&self.pool).await?;
+        rows.iter()
+            .map(|row| {
+                Ok(LogLook {
+                    id: row.try_get("id")?,
+                    counter: row.try_get("counter")?,
+                    events: row.try_get("events")?,
+                    first: row.try_get("first")?,
+                    last: row.try_get("last")?,
+                })
+            })
+            .collect()
+    }
+
+    /// All messages of a chat with their blocks, as (id, role, client message id, blocks).
+    pub async fn messages(&self, chat: ChatId) -> Result<Vec<StoredMessage>> {
+        let rows = sqlx::query(
+            "SELECT m.id, m.role, m.turn_id, m.client_message_id, b.data
+             FROM messages m LEFT JOIN content_blocks b ON b.message_id = m.id
+             WHERE m.chat_id = $1 ORDER BY m.ordinal, b.position",
+        )
+        .bind(chat.0)
+        .fetch_all(&self.pool)
+        .await?;
+        let mut messages: Vec<StoredMessage> = Vec::new();
+        for row in rows {
+            let id: Uuid = row.try_get("id")?;
+            if messages.last().is_none_or(|last| last.id != id) {
+                messages.push(StoredMessage {
+                    id,
+                    role: row.try_get("role")?,
+                    turn: row.try_get("turn_id")?,
+                    client_message_id: row.try_get("client_message_id")?,
+                    blocks: Vec::new(),
+                });
+            }
+            if let (Some(message), Some(data)) = (messages.last_mut(), row.try_get::<Option<Vec<u8>>, _>("data")?) {
+                message.blocks.push(pb::ContentBlock::decode(data.as_slice())?);
+            }
+        }
+        Ok(messages)
+    }
+
+    /// Status and error of every turn.
+    pub async fn turns(&self) -> Result<Vec<(Uuid, String, String)>> {
+        let rows = sqlx::query("SELECT id, status, error_code || ' ' || error_message AS error FROM turns");
+        let rows = rows.fetch_all(&self.pool).await?;
+        rows.iter().map(|row| Ok((row.try_get("id")?, row.try_get("status")?, row.try_get("error")?))).collect()
+    }
+}
+
+#[derive(Debug, Clone)]
+pub struct StoredMessage {
+    pub id: Uuid,
+    pub role: String,
+    pub turn: Option<Uuid>,
+    pub client_message_id: Option<String>,
+    pub blocks: Vec<pb::ContentBlock>,
+}
