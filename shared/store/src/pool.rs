@@ -16,10 +16,16 @@ static MIGRATOR: sqlx::migrate::Migrator = sqlx::migrate!("../../migrations");
 
 /// One statement; longer means that something is stuck.
 const STATEMENT_TIMEOUT: &str = "15s";
-const LOCK_TIMEOUT: &str = "10s";
+/// Below [`WORK_LIMIT`], so that a lock's owner is blamed and not the network.
+const LOCK_TIMEOUT: &str = "6s";
 const IDLE_IN_TRANSACTION_TIMEOUT: &str = "30s";
+/// A piece of work that takes longer has lost its connection without being told: a half-open connection takes whatever
+/// is sent and never answers. What it did is unknown, as with a connection that broke.
+const WORK_LIMIT: Duration = Duration::from_secs(8);
 /// A connection idle for longer is asked for a sign of life before it is used.
 const PING_AFTER_IDLE: Duration = Duration::from_secs(1);
+/// A sign of life that takes longer is none.
+const PING_LIMIT: Duration = Duration::from_secs(2);
 /// Tries of one transaction that met a conflict.
 const CONFLICT_TRIES: u32 = 3;
 
@@ -94,8 +100,16 @@ impl Store {
             .before_acquire(|connection, meta| {
                 Box::pin(async move {
                     if meta.idle_for > PING_AFTER_IDLE {
-                        connection.ping().await?;
+                        ping(connection).await?;
                     }
+                    Ok(true)
+                })
+            })
+            // The pool asks for a sign of life itself when it gets a connection back, but waits for it without end, and
+            // the connection's place in the pool with it.
+            .after_release(|connection, _| {
+                Box::pin(async move {
+                    ping(connection).await?;
                     Ok(true)
                 })
             })
@@ -143,7 +157,8 @@ impl Store {
         let mut tries = 0;
         let result = loop {
             tries += 1;
-            match work().instrument(span(name)).await {
+            let limited = tokio::time::timeout(WORK_LIMIT, work().instrument(span(name)));
+            match limited.await.unwrap_or_else(|_| Err(too_long())) {
                 Err(StoreError::Conflict(error)) if tries < CONFLICT_TRIES => {
                     tracing::debug!(%error, name, "transactions conflicted; tried again");
                 }
@@ -174,15 +189,27 @@ impl Store {
         // A connection that died since its last use says so here, before anything happened.
         for _ in 0..=pool.options().get_max_connections() {
             let opening = pool.clone();
-            let begun = tokio::spawn(async move { opening.begin_with(statement).await }.in_current_span());
-            match begun.await {
-                Ok(Err(error)) if had_died(&error) => tracing::debug!(%error, "a pooled connection had died"),
-                Ok(begun) => return Ok(begun?),
+            let opening = async move { tokio::time::timeout(WORK_LIMIT, opening.begin_with(statement)).await };
+            match tokio::spawn(opening.in_current_span()).await {
+                Ok(Ok(Err(error))) if had_died(&error) => tracing::debug!(%error, "a pooled connection had died"),
+                Ok(Ok(begun)) => return Ok(begun?),
+                Ok(Err(_)) => return Err(too_long()),
                 Err(_) => return Err(StoreError::Unavailable(sqlx::Error::WorkerCrashed)),
             }
         }
         Err(StoreError::Unavailable(sqlx::Error::PoolTimedOut))
     }
+}
+
+async fn ping(connection: &mut sqlx::PgConnection) -> std::result::Result<(), sqlx::Error> {
+    match tokio::time::timeout(PING_LIMIT, connection.ping()).await {
+        Ok(answered) => answered,
+        Err(_) => Err(sqlx::Error::Io(std::io::ErrorKind::TimedOut.into())),
+    }
+}
+
+fn too_long() -> StoreError {
+    StoreError::Unavailable(sqlx::Error::Io(std::io::ErrorKind::TimedOut.into()))
 }
 
 /// The server went away while the connection lay in the pool: nothing was begun.
