@@ -28,12 +28,20 @@ pub(crate) async fn renew(hub: Arc<Hub>) {
         }
         let leases: Vec<_> = seats.iter().map(|seat| (seat.daemon, seat.instance, seat.epoch)).collect();
         match hub.store.renew_leases(hub.gateway, &leases).await {
-            Ok(held) => {
+            Ok(renewed) => {
                 metrics::LEASE_RENEWALS.with_label_values(&["ok"]).inc();
-                let held: HashSet<_> = held.into_iter().collect();
+                let held: HashSet<_> = renewed.held.into_iter().collect();
                 for seat in seats.iter().filter(|seat| !held.contains(&seat.daemon)) {
                     metrics::LEASE_CONFLICTS.inc();
                     seat.end(End::LeaseLost);
+                }
+                for back in renewed.back {
+                    let daemon = back.value;
+                    tracing::info!(daemon.id = %daemon, "a lease had run out and is good again");
+                    hub.publish_feed(back.user, back.feed).await;
+                    if let Some(seat) = seats.iter().find(|seat| seat.daemon == daemon) {
+                        hub.announce(seat, true).await;
+                    }
                 }
             }
             Err(error) => {

@@ -12,8 +12,8 @@ use reliant_types::{
 use uuid::Uuid;
 
 use crate::{
-    Committed, DaemonHello, Lease, Result, Store, StoreError, Wake, chat_tx::log_feed, checks, rows::declarations,
-    tokens::insert_token,
+    Committed, DaemonHello, Lease, Renewed, Result, Store, StoreError, Wake, chat_tx::log_feed, checks, pool::Tx,
+    rows::declarations, tokens::insert_token,
 };
 
 /// The scope of a daemon's token.
@@ -212,6 +212,7 @@ impl Store {
             )
             .fetch_one(&mut *tx)
             .await?;
+            want_waiting(&mut tx, &[hello.daemon.0]).await?;
             let came = lease.was_away.then(|| changed(hello.daemon, row.name, true));
             let feed = log_feed(&mut tx, hello.user, came.into_iter().collect()).await?;
             tx.commit().await?;
@@ -245,26 +246,45 @@ impl Store {
         .await
     }
 
-    /// One renewal for all of a gateway's daemons (id, instance, lease epoch). Returns those it still holds.
-    pub async fn renew_leases(&self, gateway: InstanceId, leases: &[(DaemonId, i64, i64)]) -> Result<Vec<DaemonId>> {
+    /// One renewal for all of a gateway's daemons (id, instance, lease epoch). A lease that had run out meanwhile, and that
+    /// nobody else took, is good again: then its daemon has come back, and is said to have.
+    pub async fn renew_leases(&self, gateway: InstanceId, leases: &[(DaemonId, i64, i64)]) -> Result<Renewed> {
         let daemons: Vec<Uuid> = leases.iter().map(|lease| lease.0.0).collect();
         let instances: Vec<i64> = leases.iter().map(|lease| lease.1).collect();
         let epochs: Vec<i64> = leases.iter().map(|lease| lease.2).collect();
         self.run("renew_leases", async || {
-            let held = sqlx::query_scalar!(
-                "UPDATE daemon_leases l SET expires_at = clock_timestamp() + $5 * interval '1 second'
-                 FROM UNNEST($2::uuid[], $3::bigint[], $4::bigint[]) AS u (daemon_id, instance, epoch)
-                 WHERE l.daemon_id = u.daemon_id AND l.gateway_id = $1 AND l.instance = u.instance AND l.epoch = u.epoch
-                 RETURNING l.daemon_id",
+            let mut tx = self.begin().await?;
+            let held = sqlx::query!(
+                r#"WITH old AS (SELECT daemon_id, said_away OR expires_at <= clock_timestamp() AS away
+                               FROM daemon_leases WHERE daemon_id = ANY($2) ORDER BY daemon_id FOR NO KEY UPDATE)
+                   UPDATE daemon_leases l SET expires_at = clock_timestamp() + $5 * interval '1 second', said_away = false
+                   FROM UNNEST($2::uuid[], $3::bigint[], $4::bigint[]) AS u (daemon_id, instance, epoch)
+                   JOIN old ON old.daemon_id = u.daemon_id
+                   WHERE l.daemon_id = u.daemon_id AND l.gateway_id = $1 AND l.instance = u.instance AND l.epoch = u.epoch
+                   RETURNING l.daemon_id, old.away AS "away!""#,
                 gateway.0,
                 &daemons,
                 &instances,
                 &epochs,
                 limits::LEASE_DURATION.as_secs_f64(),
             )
-            .fetch_all(&self.pool)
+            .fetch_all(&mut *tx)
             .await?;
-            Ok(held.into_iter().map(DaemonId).collect())
+            let back: Vec<Uuid> = held.iter().filter(|row| row.away).map(|row| row.daemon_id).collect();
+            let mut feeds = Vec::new();
+            if !back.is_empty() {
+                want_waiting(&mut tx, &back).await?;
+                let owners = sqlx::query!("SELECT id, user_id, name FROM daemons WHERE id = ANY($1) ORDER BY user_id, id", &back)
+                    .fetch_all(&mut *tx)
+                    .await?;
+                for row in owners {
+                    let (user, daemon) = (UserId(row.user_id), DaemonId(row.id));
+                    let feed = log_feed(&mut tx, user, vec![changed(daemon, row.name, true)]).await?;
+                    feeds.push(Committed { feed, ..Committed::nothing(user, daemon) });
+                }
+            }
+            tx.commit().await?;
+            Ok(Renewed { held: held.into_iter().map(|row| DaemonId(row.daemon_id)).collect(), back: feeds })
         })
         .await
     }
@@ -359,6 +379,26 @@ impl Store {
         })
         .await
     }
+}
+
+/// The daemons are here (again): their chats with open calls have something to do. Part of the transaction that says so,
+/// as the presence that hurries it along may be lost.
+async fn want_waiting(tx: &mut Tx, daemons: &[Uuid]) -> Result<()> {
+    sqlx::query!(
+        "WITH waiting AS (
+             SELECT id FROM chats
+             WHERE id IN (SELECT chat_id FROM tool_calls WHERE daemon_id = ANY($1) AND ended_at IS NULL
+                          UNION ALL
+                          SELECT k.chat_id FROM tool_calls k JOIN chats o ON o.id = k.chat_id
+                          WHERE k.ended_at IS NULL AND k.sent = 0 AND o.daemon_id = ANY($1))
+             ORDER BY id FOR NO KEY UPDATE
+         )
+         UPDATE chats c SET wanted = wanted + 1, wanted_at = now() FROM waiting WHERE c.id = waiting.id",
+        daemons,
+    )
+    .execute(&mut **tx)
+    .await?;
+    Ok(())
 }
 
 fn changed(daemon: DaemonId, name: String, connected: bool) -> FeedKind {

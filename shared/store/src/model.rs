@@ -149,6 +149,15 @@ pub struct Lease {
     pub epoch: i64,
 }
 
+/// What came of a renewal.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Renewed {
+    /// Leases the gateway still has.
+    pub held: Vec<DaemonId>,
+    /// Of these, daemons that had been given up meanwhile.
+    pub back: Vec<Committed<DaemonId>>,
+}
+
 /// What the worker does next for a chat.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Step {

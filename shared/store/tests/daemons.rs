@@ -20,9 +20,9 @@ async fn a_lease_orders_by_instance() {
     // Its own newer stream, on another gateway.
     let lease = again(1, other).await.unwrap();
     assert_eq!((lease.value, lease.feed.len()), (Lease { instance: 1, epoch: 2 }, 0));
-    let held = store.renew_leases(world.gateway, &[(world.daemon, 1, 1)]).await.unwrap();
+    let held = store.renew_leases(world.gateway, &[(world.daemon, 1, 1)]).await.unwrap().held;
     assert!(held.is_empty(), "the older stream lost it");
-    assert_eq!(store.renew_leases(other, &[(world.daemon, 1, 2)]).await.unwrap(), [world.daemon]);
+    assert_eq!(store.renew_leases(other, &[(world.daemon, 1, 2)]).await.unwrap().held, [world.daemon]);
     // A new process.
     assert_eq!(again(0, other).await.unwrap().value, Lease { instance: 2, epoch: 3 });
     assert!(matches!(again(1, other).await, Err(StoreError::DaemonReplaced)));
@@ -31,7 +31,10 @@ async fn a_lease_orders_by_instance() {
     assert!(!store.release_lease(world.daemon, other, 2).await.unwrap().value);
     let released = store.release_lease(world.daemon, other, 3).await.unwrap();
     assert!(released.value && released.feed.len() == 1);
-    assert!(store.renew_leases(other, &[(world.daemon, 2, 3)]).await.unwrap().is_empty(), "given back is given back");
+    assert!(
+        store.renew_leases(other, &[(world.daemon, 2, 3)]).await.unwrap().held.is_empty(),
+        "given back is given back"
+    );
     assert!(!store.list_daemons(world.user, false).await.unwrap()[0].connected);
     let back = again(2, other).await.unwrap();
     assert_eq!((back.value.epoch, back.feed.len()), (4, 1), "epochs only grow");
@@ -46,9 +49,34 @@ async fn a_lease_that_ran_out_is_told_once() {
     let told = world.store().expired_leases(10).await.unwrap();
     assert_eq!(told.iter().map(|it| (it.value, it.feed.len())).collect::<Vec<_>>(), [(world.daemon, 1)]);
     assert!(world.store().expired_leases(10).await.unwrap().is_empty());
-    // A gateway that was only slow renews it.
-    assert_eq!(world.store().renew_leases(world.gateway, &[(world.daemon, 1, 1)]).await.unwrap(), [world.daemon]);
+    // A gateway that was only slow renews it: that is told too, once.
+    let renew = async || world.store().renew_leases(world.gateway, &[(world.daemon, 1, 1)]).await.unwrap();
+    let renewed = renew().await;
+    assert_eq!(renewed.held, [world.daemon]);
+    assert_eq!(renewed.back.iter().map(|it| (it.value, it.feed.len())).collect::<Vec<_>>(), [(world.daemon, 1)]);
+    assert!(renew().await.back.is_empty());
     contiguous(world.store().feed_after(world.user, 0, 100).await.unwrap().iter().map(|event| event.seq));
+}
+
+/// Presence may be lost, and a renewal has none: what waits is woken by the transaction that makes the lease good again.
+#[tokio::test]
+async fn a_lease_that_is_good_again_wakes_what_waited_for_it() {
+    let mut world = World::new().await;
+    let (turn, _) = world.asked(vec![call(0, "shell")]).await;
+    let unseen = async |world: &World| world.db.number("SELECT count(*) FROM chats WHERE wanted > seen").await;
+    let waits = async |world: &World| {
+        world.daemon_goes().await;
+        let _wait = world.step().await;
+        assert_eq!(world.turn_status(turn).await, pb::TurnStatus::WaitingDaemon);
+        assert_eq!(unseen(world).await, 0);
+    };
+    waits(&world).await;
+    let _renewed = world.store().renew_leases(world.gateway, &[(world.daemon, 1, 1)]).await.unwrap();
+    assert_eq!(unseen(&world).await, 1, "renewed");
+    assert!(matches!(world.step().await, Step::Dispatch { .. }));
+    waits(&world).await;
+    world.daemon_comes(world.journal).await;
+    assert_eq!(unseen(&world).await, 1, "connected");
 }
 
 #[tokio::test]
@@ -119,7 +147,7 @@ async fn registering_anew_voids_the_old_token() {
     assert_eq!(code(store.token_by_secret(&second).await.unwrap_err()), Code::TokenRevoked);
     let refused = store.connect_daemon(hello(world.user, world.daemon, world.gateway, world.journal, 0)).await;
     assert_eq!(code(refused.unwrap_err()), Code::NotFound);
-    assert!(store.renew_leases(world.gateway, &[(world.daemon, 1, 1)]).await.unwrap().is_empty());
+    assert!(store.renew_leases(world.gateway, &[(world.daemon, 1, 1)]).await.unwrap().held.is_empty());
     let (new, _) = store.register_daemon(world.user, "laptop", false).await.unwrap();
     assert_ne!(new, world.daemon, "the name is free again");
 }
