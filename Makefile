@@ -15,7 +15,7 @@ BIN := $(CARGO_TARGET_DIR)/debug
 WEB := services/web
 BROWSER := tests/browser
 
-.PHONY: help up demo test test-fresh bench lint fmt web web-test proto tools test-tools doctor deny sqlx build clean need-cargo need-npm
+.PHONY: help up demo test test-fresh chaos bench lint fmt web web-test proto tools test-tools doctor deny sqlx build clean need-cargo need-npm
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ test: ## Everything that is checked, over real servers, processes and a browser 
 
 test-fresh: ## `make demo` and `make up` as on a machine with nothing, Postgres hidden (10 minutes)
 	@python3 tests/fresh/fresh.py
+
+chaos: build tools ## Kill, cut, pause and slow everything for half an hour; nothing may be lost (ARGS="--seed 7"); JSON to $CHAOS_OUT
+	@exec $(BIN)/reliant-chaos $(ARGS)
 
 bench: web tools ## Measure it, in release (9 minutes to build); JSON to $BENCH_OUT
 	@echo "building in release; from nothing this takes about 9 minutes on two cores"

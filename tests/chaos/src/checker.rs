@@ -15,8 +15,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::{
-    matrix::Kind,
-    report::{Findings, Hit},
+    report::{Findings, Tally},
     scripts::{Marks, key_of},
     seat::{Ledger, Seat},
 };
@@ -35,7 +34,7 @@ pub struct Subject<'a> {
     pub arena: &'a Arc<Arena>,
     pub ledger: &'a Ledger,
     pub hosts: &'a [Host],
-    pub hits: Vec<Hit>,
+    pub tally: &'a Tally,
 }
 
 /// Reads everything; `seats` are done watching.
@@ -241,13 +240,11 @@ fn host_name(subject: &Subject<'_>, call: &CallLook) -> String {
 /// Why this unknown outcome cannot have come of a fault; None where it can.
 fn unexplained(subject: &Subject<'_>, call: &CallLook) -> Option<String> {
     let host = host_name(subject, call);
-    let during = |hit: &&Hit| {
-        let (from, to) = (call.dispatched_ms.unwrap_or(i64::MIN), call.ended_ms.unwrap_or(i64::MAX));
-        hit.node == host && hit.since_ms + SLACK_MS >= from && hit.since_ms <= to + SLACK_MS
-    };
-    let mut hits = subject.hits.iter().filter(during);
+    let (from, to) = (call.dispatched_ms.unwrap_or(i64::MIN), call.ended_ms.unwrap_or(i64::MAX));
+    let ended =
+        subject.tally.ends_of(&host).iter().any(|at| at + SLACK_MS >= from && *at <= to.saturating_add(SLACK_MS));
     match call.unknown_cause.as_str() {
-        "process_died" if hits.any(|hit| matches!(hit.cell.kind, Kind::Kill | Kind::Terminate)) => None,
+        "process_died" if ended => None,
         "process_died" => Some(format!("{host} was not ended while it ran")),
         // No journal is lost here, and no daemon stays away for hours.
         other => Some(format!("no fault of this campaign is a reason for '{other}'")),

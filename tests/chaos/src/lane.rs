@@ -127,7 +127,7 @@ async fn hit(
     };
     let healing = tokio::spawn(strike.heal());
     let counts = matches!(still, Ok(true));
-    let hit = Hit { cell, node: node.peer().to_string(), counts, since_ms: since, fault: format!("{fault:?}") };
+    let hit = Hit { cell, node: node.peer().to_string(), counts, since_ms: since, fault };
     tally.hit(hit);
     if !counts {
         // Done, but it hit another step: it is healed, remembered for the checker, and not counted.

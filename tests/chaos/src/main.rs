@@ -29,7 +29,7 @@ async fn main() -> Result<()> {
             }
             "--lanes" => {
                 let lanes = value()?.parse()?;
-                changes.push(Box::new(move |campaign| campaign.lanes = lanes));
+                changes.push(Box::new(move |campaign| campaign.cast.stages = lanes));
             }
             "--only" => {
                 let only = value()?;

@@ -10,6 +10,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use parking_lot::Mutex;
+use reliant_harness::Fault;
 use serde_json::{Map, Value, json};
 
 use crate::matrix::{Cell, Kind, Process, Step};
@@ -23,7 +24,7 @@ pub struct Hit {
     pub counts: bool,
     /// Unix milliseconds, before it was done.
     pub since_ms: i64,
-    pub fault: String,
+    pub fault: Fault,
 }
 
 /// Gathers while the campaign runs.
@@ -34,6 +35,7 @@ pub struct Tally {
     missed: Mutex<Vec<(Cell, String)>>,
     settled: Mutex<Vec<(Cell, Duration)>>,
     takeovers: Mutex<Vec<Duration>>,
+    others: Mutex<Vec<(String, Fault, i64)>>,
     told: AtomicU64,
 }
 
@@ -47,6 +49,22 @@ impl Tally {
         let count = self.told.fetch_add(1, Ordering::Relaxed) + 1;
         say(&format!("{count:>4} {} at {}{}", hit.cell, hit.node, if hit.counts { "" } else { " (missed its step)" }));
         self.hits.lock().push(hit);
+    }
+
+    /// A fault that is part of no matrix.
+    pub fn done(&self, node: &str, fault: &Fault) {
+        say(&format!("  {fault:?} at {node}"));
+        self.others.lock().push((node.to_owned(), fault.clone(), self.wall_ms()));
+    }
+
+    /// When this process was ended by us, in Unix milliseconds.
+    pub fn ends_of(&self, node: &str) -> Vec<i64> {
+        let ends = |fault: &Fault| matches!(fault, Fault::Kill { .. } | Fault::Terminate { .. });
+        let hits = self.hits.lock();
+        let hits = hits.iter().filter(|hit| hit.node == node && ends(&hit.fault)).map(|hit| hit.since_ms);
+        let others = self.others.lock();
+        let others = others.iter().filter(|(of, fault, _)| of == node && ends(fault)).map(|(_, _, at)| *at);
+        hits.chain(others).collect()
     }
 
     pub fn problem(&self, problem: String) {

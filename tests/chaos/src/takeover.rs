@@ -111,7 +111,7 @@ impl Audience {
             }
         }
         let counts = !struck.is_empty();
-        tally.hit(Hit { cell: CELL, node: node.peer().to_string(), counts, since_ms, fault: format!("{fault:?}") });
+        tally.hit(Hit { cell: CELL, node: node.peer().to_string(), counts, since_ms, fault });
         let healing = tokio::spawn(strike.heal());
         for (seat, turn, fence) in struck {
             let next = seat.until(at + TAKEOVER_PATIENCE, |seat| seat.pieces(fence + 1, at)).await;

@@ -1,0 +1,7 @@
+//! Nothing lost: a short campaign with a fixed seed, and the sequences that have a name.
+
+#![allow(clippy::unwrap_used, reason = "a test may")]
+
+mod decisions;
+mod outages;
+mod short;
