@@ -97,7 +97,7 @@ mod tests {
             ("reliant-api", "reliant-worker", "its sibling"),
             ("reliant-middleware", "reliant-client", "on its right"),
             ("reliant-gateway", "reliant-cli", "on its right"),
-            ("reliant-api", "sqlx", "only reliant-store may"),
+            ("reliant-api", "sqlx", "only reliant-store and reliant-harness may"),
             ("reliant-gateway", "async-nats", "only reliant-bus may"),
             ("reliant-api", "temporalio-client", "only reliant-flows and reliant-worker may"),
         ] {

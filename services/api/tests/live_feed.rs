@@ -335,14 +335,15 @@ async fn a_viewer_that_does_not_read_catches_up_and_holds_up_nobody() -> Result<
     let mut quick = other.view(chat, From::Start).await?;
     let turn = ada.send(chat, "hello").await?;
     let producer = Producer::start(&bench, &ada, chat, turn).await?;
-    let piece = "x".repeat(3000);
+    // Small pieces: what a frame costs beside its text fills the socket sooner than a message's text ends.
+    let piece = "x".repeat(100);
     for _ in 0..50 {
-        for _ in 0..40 {
+        for _ in 0..300 {
             producer.write(&bench, &piece, 1).await?;
         }
         quick.live(producer.written()).await?;
     }
-    // 6 MB wait for the slow one, far more than its queue and its socket hold.
+    // 15,000 pieces wait for the slow one, far more than its queue and its socket hold.
     slow.live(producer.written()).await?;
     assert!(slow.view.verification().lagged > 0, "it never lagged: {:?}", slow.view.verification());
     assert_eq!(quick.view.verification().lagged, 0);

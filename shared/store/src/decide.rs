@@ -146,7 +146,8 @@ pub fn decide(rows: &Snapshot) -> Decision {
     if !ready.is_empty() {
         return Decision::Dispatch { turn: turn.id, calls: ready };
     }
-    let reason = if open.iter().any(|call| call.daemon == Daemon::Here && (call.sent || send_at(call).is_some())) {
+    let works = |call: &&&Call| send_at(call).is_some() || (call.daemon == Daemon::Here && call.sent);
+    let reason = if open.iter().any(|call| works(&call)) {
         WaitReason::Tools
     } else if open.iter().any(|call| call.status == pb::ToolCallStatus::WaitingApproval) {
         WaitReason::Approval

@@ -98,7 +98,10 @@ proptest! {
                 prop_assert!(until_ms.is_none_or(|at| at > rows.now_ms), "a wait ends later than now");
                 match reason {
                     WaitReason::Tools => {
-                        let works = |call: &&&Call| call.daemon == Daemon::Here && (call.sent || call.not_before_ms.is_some());
+                        let is_there = |call: &Call| matches!(call.daemon, Daemon::Here | Daemon::OtherJournal);
+                        let works = |call: &&&Call| {
+                            (call.daemon == Daemon::Here && call.sent) || (is_there(call) && call.not_before_ms.is_some())
+                        };
                         prop_assert!(of_turn.iter().any(|call| works(&call)));
                         let limited = of_turn.iter().all(|call| call.cancel_asked || call.daemon != Daemon::Here || !call.sent
                             || call.status == Status::WaitingApproval);

@@ -29,8 +29,8 @@ struct Image {
     pending: Vec<Pending>,
     syncs: usize,
     refuses: bool,
-    /// A sync is answered and not done: what the machine looks like that dies during it.
-    dies_in_sync: bool,
+    /// What was synced, and what was not, at the beginning of each sync, while they are recorded.
+    syncs_begun: Option<Vec<(Vec<u8>, Vec<Pending>)>>,
 }
 
 fn apply(bytes: &mut Vec<u8>, change: &Pending, torn: Option<usize>) {
@@ -93,8 +93,9 @@ impl StorageBackend for FaultyDisk {
         if image.refuses {
             return Err(io::ErrorKind::StorageFull.into());
         }
-        if image.dies_in_sync {
-            return Ok(());
+        let begun = (image.synced.clone(), image.pending.clone());
+        if let Some(all) = &mut image.syncs_begun {
+            all.push(begun);
         }
         image.syncs += 1;
         image.pending.clear();
@@ -159,21 +160,23 @@ proptest! {
             disk.commit(writes.iter()).unwrap();
             writes.iter().for_each(|w| whole.apply(w));
         }
-        // The last one is cut anywhere: its bytes are taken from a disk whose sync never came.
-        let before = { let image = faulty.0.lock(); (image.synced.clone(), image.pending.clone()) };
+        // The machine dies during the last one, in one of its syncs.
         let writes = &steps[crash_at];
-        faulty.0.lock().dies_in_sync = true;
+        faulty.0.lock().syncs_begun = Some(Vec::new());
         disk.commit(writes.iter()).unwrap();
+        let syncs = faulty.0.lock().syncs_begun.take().unwrap_or_default();
+        prop_assert!(writes.is_empty() || !syncs.is_empty(), "a commit without a sync");
+        if syncs.is_empty() {
+            return Ok(());
+        }
         let mut next = whole.clone();
         writes.iter().for_each(|w| next.apply(w));
-        // Closing writes more, in the belief that the sync was one.
-        let after = faulty.0.lock().pending.clone();
         drop(disk);
-        let pending: Vec<_> = before.1.iter().cloned().chain(after).collect();
         for (survives, torn) in crashes {
             let crashed = FaultyDisk::default();
-            { let mut image = crashed.0.lock(); image.synced = before.0.clone(); image.pending = pending.clone(); }
-            if pending.is_empty() { crashed.0.lock().current = before.0.clone(); } else { crashed.crash(survives, torn); }
+            let (synced, pending) = syncs[torn % syncs.len()].clone();
+            { let mut image = crashed.0.lock(); image.synced = synced; image.pending = pending; }
+            crashed.crash(survives, torn);
             let (disk, again) = match Disk::open(&crashed.opener()) {
                 Ok(opened) => opened,
                 Err(e) => return Err(TestCaseError::fail(format!("{e}"))),
