@@ -132,7 +132,7 @@ async fn a_provider_that_fails_is_tried_again_or_named() -> Result<()> {
         ] {
             let mut session =
                 session(&ada, &format!("{provider}/fault?kind={fault}&times=1"), pb::ChatMode::Ask).await?;
-            let report = session.send_and_wait(&format!("try {fault}"), PATIENCE).await?;
+            let report = session.send_and_wait(&format!("try {provider} {fault}"), PATIENCE).await?;
             assert!(report.succeeded(), "{provider} {fault}: {:?}", report.turn);
             assert!(report.verification.is_clean(), "{provider} {fault}: {:?}", report.verification);
             if fault.starts_with("429") {
@@ -143,7 +143,7 @@ async fn a_provider_that_fails_is_tried_again_or_named() -> Result<()> {
         for fault in ["huge_index", "endless_line", "html", "500"] {
             let mut session =
                 session(&ada, &format!("{provider}/fault?kind={fault}&times=1000&after=0"), pb::ChatMode::Ask).await?;
-            let report = session.send_and_wait(&format!("always {fault}"), PATIENCE).await?;
+            let report = session.send_and_wait(&format!("always {provider} {fault}"), PATIENCE).await?;
             assert_eq!(report.turn.status(), pb::TurnStatus::Failed, "{provider} {fault}: {:?}", report.turn);
             let code = report.turn.error_code.as_str();
             assert!(

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use crate::scripts::{MODEL, PATIENCE, one_call, only_call, script, session};
 
-/// A server in Python with so many tools that no model of OpenAI's format takes them all.
+/// A server in Python with so many tools that no model of OpenAI's format takes those of two.
 const MANY_TOOLS: &str = r#"
 import json, sys
 for line in sys.stdin:
@@ -18,7 +18,7 @@ for line in sys.stdin:
         result = {"protocolVersion": message["params"]["protocolVersion"], "capabilities": {"tools": {}},
                   "serverInfo": {"name": "many", "version": "1"}}
     elif method == "tools/list":
-        result = {"tools": [{"name": "t%03d" % n, "description": "x", "inputSchema": {"type": "object"}} for n in range(200)]}
+        result = {"tools": [{"name": "t%03d" % n, "description": "x", "inputSchema": {"type": "object"}} for n in range(100)]}
     elif method == "tools/call":
         result = {"content": [{"type": "text", "text": "ran " + message["params"]["name"]}]}
     elif number is not None:
@@ -40,7 +40,8 @@ async fn a_model_gets_as_many_tools_as_it_takes_and_the_chat_is_told_once() -> R
     std::fs::write(&script, MANY_TOOLS)?;
     let rig = Rig::start(RigOptions::default()).await?;
     let ada = rig.person("ada").await?;
-    let servers = json!({ "mcpServers": { "many": { "command": "python3", "args": [script] } } });
+    let server = json!({ "command": "python3", "args": [script] });
+    let servers = json!({ "mcpServers": { "many": server, "more": server } });
     let files = vec![(".mcp.json", servers.to_string())];
     let daemon = rig.daemon(&ada, "laptop", DaemonOptions { files, trust_mcp: true, ..Default::default() }).await?;
     eventually("the server's tools", PATIENCE, || async {
@@ -61,8 +62,8 @@ async fn a_model_gets_as_many_tools_as_it_takes_and_the_chat_is_told_once() -> R
     assert_eq!(notices(&report.messages), Vec::<String>::new(), "it was said before");
     // Anthropic's format has no such limit.
     let mut chat = session(&ada, "sim-anthropic/default", pb::ChatMode::Auto).await?;
-    let report = chat.send_and_wait(&one_call("mcp__many__t199", json!({})), PATIENCE).await?;
-    assert!(only_call(&report).result.contains("ran t199"), "{report:?}");
+    let report = chat.send_and_wait(&one_call("mcp__more__t099", json!({})), PATIENCE).await?;
+    assert!(only_call(&report).result.contains("ran t099"), "{report:?}");
     assert_eq!(notices(&report.messages), Vec::<String>::new());
     Ok(())
 }
@@ -120,7 +121,8 @@ async fn chats_of_the_largest_messages_are_read_by_a_client_without_settings() -
     loop {
         let request = pb::ListMessagesRequest { chat_id: id.to_string(), page_size: 500, before_ordinal };
         let page = ada.client.list_messages(request).await?;
-        seen += page.messages.len();
+        // Notices say that the model reads less of so long a chat.
+        seen += page.messages.iter().filter(|message| message.role() != pb::Role::Notice).count();
         before_ordinal = page.messages[0].ordinal;
         if !page.has_more {
             break;

@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 
 use anyhow::{Context as _, Result};
-use reliant_client::{Client, ClientConfig, ClientUpdate, From};
-use reliant_harness::{DaemonOptions, Person, Rig, RigOptions, eventually, tools_dir};
+use reliant_client::{ChatSession, Client, ClientConfig, ClientUpdate, From};
+use reliant_harness::{DaemonOptions, Person, Rig, RigOptions, eventually, tools_dir, within};
 use reliant_types::{ChatId, TurnId, pb};
 use serde_json::json;
 
@@ -33,26 +33,26 @@ async fn a_viewer_at_one_replica_sees_what_is_sent_at_the_other() -> Result<()> 
           "tools": [{ "name": "shell", "repeat": 2, "args": { "command": "for i in 1 2 3; do echo {index} $i; sleep 0.05; done" } }] },
         { "tokens": 60, "rate": 300 },
     ]);
-    let mut turns = Vec::new();
+    let mut turns: HashMap<ChatId, Vec<String>> = HashMap::new();
     for round in 0..3 {
         for sender in &senders {
             let sent = sender.send(&format!("{round} {}", script(rounds.clone()))).await?;
-            turns.push((sender.chat(), sent.turn.context("no turn")?.id.parse::<TurnId>()?));
+            turns.entry(sender.chat()).or_default().push(sent.turn.context("no turn")?.id);
         }
     }
-    for (chat, turn) in &turns {
-        for viewer in viewers.iter_mut().chain(&mut senders).filter(|viewer| viewer.chat() == *chat) {
-            let ended = viewer.wait_turn(*turn, PATIENCE).await?;
-            assert_eq!(ended.status(), pb::TurnStatus::Succeeded, "{ended:?}");
-        }
-    }
-    for viewer in viewers.iter().chain(&senders) {
+    let watched = viewers.into_iter().chain(senders).map(|session| {
+        let turns = turns[&session.chat()].clone();
+        async move { within("the end of all turns", PATIENCE, watch(session, turns)).await? }
+    });
+    let mut viewers = futures::future::try_join_all(watched).await?;
+    for viewer in &viewers {
         let seen = viewer.verification();
         assert!(seen.is_clean() && seen.bytes > 0, "{seen:?}");
     }
+    let senders = viewers.split_off(viewers.len() / 2);
     // Both see the same.
     for (viewer, sender) in viewers.iter().zip(&senders) {
-        let texts = |session: &reliant_client::ChatSession| -> Vec<(i32, String)> {
+        let texts = |session: &ChatSession| -> Vec<(i32, String)> {
             session
                 .view()
                 .messages
@@ -63,6 +63,17 @@ async fn a_viewer_at_one_replica_sees_what_is_sent_at_the_other() -> Result<()> 
         assert_eq!(texts(viewer), texts(sender));
     }
     Ok(())
+}
+
+/// Reads on until these turns have ended.
+async fn watch(mut session: ChatSession, turns: Vec<String>) -> Result<ChatSession> {
+    let ended = |session: &ChatSession, turn: &String| {
+        session.view().turns.get(turn).is_some_and(|turn| turn.status() == pb::TurnStatus::Succeeded)
+    };
+    while !turns.iter().all(|turn| ended(&session, turn)) {
+        session.next().await?;
+    }
+    Ok(session)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -112,8 +123,11 @@ async fn a_viewer_goes_on_at_the_other_replica_where_it_was() -> Result<()> {
     assert_eq!(writer.wait_turn(turn, PATIENCE).await?, ended);
     let last = viewer.view().last_seq;
     assert!(last > before, "what came after the cursor came at the other replica");
-    let expected: HashMap<i64, u32> = (1..=last.unwrap_or_default()).map(|seq| (seq, 1)).collect();
+    // The first ones came while the stream was opened.
+    let first = seen.keys().min().copied().unwrap_or_default();
+    let expected: HashMap<i64, u32> = (first..=last.unwrap_or_default()).map(|seq| (seq, 1)).collect();
     assert_eq!(seen, expected, "every event once");
+    assert!(Some(first) <= before, "events on both sides of the move");
     Ok(())
 }
 
