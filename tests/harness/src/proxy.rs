@@ -207,8 +207,7 @@ async fn pump(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, shared: Arc<Share
     let network = shared.network.subscribe();
     let reading = async move {
         let mut buffer = vec![0; CHUNK_BYTES];
-        loop {
-            let Ok(bytes @ 1..) = from.read(&mut buffer).await else { break };
+        while let Ok(bytes @ 1..) = from.read(&mut buffer).await {
             let delay = match *network.borrow() {
                 Network::Slow(delay) => delay,
                 _ => Duration::ZERO,
