@@ -21,6 +21,7 @@ const PLACES: &[(&str, u8)] = &[
     ("reliant-gateway", 6),
     ("reliant-daemon", 6),
     ("reliant-model-sim", 6),
+    ("reliant-observe", 6),
     // Composes the services, and is the only one to do so beside the tests.
     ("reliant-cli", 7),
     ("reliant-harness", 8),

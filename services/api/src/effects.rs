@@ -3,11 +3,11 @@
 
 use std::{future::Future, sync::Arc};
 
-use reliant_bus::{Bus, FeedSubject, Topic as _, UpdateSubject};
+use reliant_bus::{Bus, FeedSubject, UpdateSubject};
 use reliant_flows::Flows;
 use reliant_runtime::{Drain, TaskKind};
 use reliant_store::{Committed, Wake};
-use reliant_telemetry::{TraceContext, hop, hop_span, metrics};
+use reliant_telemetry::{TraceContext, hop, metrics};
 use reliant_types::{ChatId, UserId, pb};
 use tokio::sync::Semaphore;
 use tracing::Instrument as _;
@@ -39,8 +39,11 @@ impl Effects {
             return value;
         }
         let (bus, flows) = (self.bus.clone(), self.flows.clone());
-        let update = hint_context(UpdateSubject::TEMPLATE, !events.is_empty());
-        let feed_context = hint_context(FeedSubject::TEMPLATE, !feed.is_empty());
+        let update =
+            if events.is_empty() { TraceContext::default() } else { Bus::context_of_publish::<UpdateSubject>() };
+        // Nobody makes a span of it.
+        let feed_context = TraceContext::incoming();
+        let asked = TraceContext::incoming();
         self.spawn("hints and wake", async move {
             let hints = async {
                 publish_events(&bus, &update, user, events).await;
@@ -48,7 +51,7 @@ impl Effects {
             };
             let wake = async {
                 if let Some(wake) = wake {
-                    wake_chat(&flows, wake).await;
+                    wake_chat(&flows, wake, &asked).await;
                 }
             };
             tokio::join!(hints, wake);
@@ -68,21 +71,6 @@ impl Effects {
             Err(_) => metrics::QUEUE_REFUSED.with_label_values(&["effects"]).inc(),
         }
     }
-}
-
-/// The context of a hint: a short span below the caller's, which has ended when the hint leaves.
-fn hint_context(template: &'static str, wanted: bool) -> TraceContext {
-    if !wanted {
-        return TraceContext::default();
-    }
-    hop_span(tracing::info_span!(
-        // reliant_telemetry::names::span::BUS_SEND
-        "nats.send",
-        otel.kind = "producer",
-        messaging.system = "nats",
-        messaging.operation.name = "publish",
-        messaging.destination.template = template,
-    ))
 }
 
 async fn publish_events(bus: &Bus, trace: &TraceContext, user: UserId, events: Vec<pb::ChatEvent>) {
@@ -126,10 +114,15 @@ async fn publish_feed(bus: &Bus, trace: &TraceContext, user: UserId, events: Vec
     }
 }
 
-async fn wake_chat(flows: &Flows, wake: Wake) {
+/// `asked`: the call that made the wake due. Where that is of another trace than the turn (a decision, a cancel), the two
+/// are linked.
+async fn wake_chat(flows: &Flows, wake: Wake, asked: &TraceContext) {
     let turn = TraceContext::from_traceparent(&wake.traceparent);
-    let trace =
-        hop(&turn, tracing::info_span!(parent: None, "turn.wake", otel.kind = "producer", chat.id = %wake.chat));
+    let span = tracing::info_span!(parent: None, "turn.wake", otel.kind = "producer", chat.id = %wake.chat);
+    if asked.trace_id() != turn.trace_id() {
+        asked.link(&span);
+    }
+    let trace = hop(&turn, span);
     let timer = metrics::guard(&metrics::WAKES, &[]);
     match flows.wake(wake.chat, &trace.traceparent).instrument(tracing::Span::none()).await {
         Ok(()) => timer.done("ok"),

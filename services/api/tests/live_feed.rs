@@ -183,7 +183,7 @@ impl Producer {
         // As the worker does: queued turns become running ones first.
         let stepped = bench.store.next_step(chat).await?;
         bench.hint(chat, stepped).await?;
-        let claim = bench.store.claim_attempt(turn, 0, instance).await?;
+        let claim = bench.store.claim_attempt(turn, 0, instance, &Default::default()).await?;
         let Claim::Claimed(attempt) = bench.hint(chat, claim).await? else { anyhow::bail!("not claimed") };
         let text = Arc::<Mutex<String>>::default();
         let refills = Arc::<Mutex<usize>>::default();

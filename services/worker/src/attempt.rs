@@ -6,14 +6,14 @@ use futures::StreamExt;
 use reliant_flows::Heart;
 use reliant_models::{BlockKind, ModelError, ModelRequest, ModelStream, ToolSpec, fit_history};
 use reliant_runtime::Backoff;
-use reliant_store::{Attempt, CommitOutcome, NewAssistant, NewBlock, NewCall, Notice};
+use reliant_store::{Attempt, CommitOutcome, Committed, Lead, NewAssistant, NewBlock, NewCall, Notice};
 use reliant_telemetry::{TraceContext, metrics::Phase};
-use reliant_types::{Code, Failure, ToolCallId, limits, pb};
+use reliant_types::{Code, Failure, ToolCallId, limits, pb, timestamp};
 use tokio::time::Instant;
 
 use crate::{
     answer::{Answer, Change},
-    engine::{Engine, EngineError},
+    engine::{Engine, EngineError, between},
     history,
     live::{LiveKey, Push},
     prompt::{Machine, PromptFacts, system_prompt},
@@ -41,7 +41,21 @@ pub enum End {
     Deadline,
 }
 
-pub async fn run(engine: &Arc<Engine>, attempt: Attempt, heart: &Heart, deadline: Instant) -> Result<End, EngineError> {
+/// How long the parts of an attempt took, by this worker's clock.
+struct Times {
+    context: Duration,
+    first_token: Duration,
+    stream: Duration,
+}
+
+/// `began`: when the round was about to be claimed.
+pub async fn run(
+    engine: &Arc<Engine>,
+    attempt: Attempt,
+    began: Instant,
+    heart: &Heart,
+    deadline: Instant,
+) -> Result<End, EngineError> {
     let cancel = engine.cancels.register(attempt.turn);
     let key = LiveKey { chat: attempt.chat, user: attempt.user, message: attempt.message, epoch: attempt.fence };
     engine.live.open(&key);
@@ -51,13 +65,13 @@ pub async fn run(engine: &Arc<Engine>, attempt: Attempt, heart: &Heart, deadline
         () = cancel.token.cancelled() => return Ok(End::Lost),
         () = heart.stopped() => return Err(EngineError::Stopped),
         () = tokio::time::sleep_until(deadline) => return Ok(End::Deadline),
-        streamed = answer(engine, &attempt, &key, deadline) => streamed?,
+        streamed = answer(engine, &attempt, began, &key, deadline) => streamed?,
     };
-    let answer = match streamed {
+    let (answer, times) = match streamed {
         Ok(answer) => answer,
         Err(end) => return Ok(end),
     };
-    commit(engine, attempt, answer, void, heart, deadline).await
+    commit(engine, attempt, answer, times, void, heart, deadline).await
 }
 
 /// The text of an attempt that is not committed is void, however the attempt ends.
@@ -80,10 +94,10 @@ impl Drop for DropLive<'_> {
 async fn answer(
     engine: &Arc<Engine>,
     attempt: &Attempt,
+    began: Instant,
     key: &LiveKey,
     deadline: Instant,
-) -> Result<Result<Answer, End>, EngineError> {
-    let began = Instant::now();
+) -> Result<Result<(Answer, Times), End>, EngineError> {
     let model = match engine.models.resolve(&attempt.model) {
         Ok(model) => model,
         Err(failure) => return Ok(Err(End::Failed(failure))),
@@ -109,7 +123,7 @@ async fn answer(
         let noticed = engine.store.add_notice(attempt.turn, attempt.fence, Notice::OfChat, &notice).await?;
         engine.tell(noticed);
     }
-    Phase::Context.observe(began.elapsed());
+    let context = began.elapsed();
 
     let asked = Instant::now();
     // Its stream is dropped with this future: nothing goes on behind a cancelled attempt.
@@ -117,11 +131,13 @@ async fn answer(
         Ok(stream) => stream,
         Err(error) => return Ok(Err(End::Failed(error.failure()))),
     };
-    Phase::ModelFirstToken.observe(asked.elapsed());
+    let first_token = asked.elapsed();
     let streaming = Instant::now();
     let read = read(engine, key, &mut stream).await;
-    Phase::ModelStream.observe(streaming.elapsed());
-    Ok(read.map_err(|error| if error.retryable() { End::Broken(error) } else { End::Failed(error.failure()) }))
+    let times = Times { context, first_token, stream: streaming.elapsed() };
+    Ok(read
+        .map(|answer| (answer, times))
+        .map_err(|error| if error.retryable() { End::Broken(error) } else { End::Failed(error.failure()) }))
 }
 
 /// The request without its messages, and what is to be said of tools that are not in it.
@@ -166,7 +182,7 @@ fn offered(attempt: &Attempt) -> Vec<&pb::ToolDeclaration> {
 /// Reads the stream to its end; what comes goes to viewers on the way.
 async fn read(engine: &Arc<Engine>, key: &LiveKey, stream: &mut ModelStream) -> Result<Answer, ModelError> {
     let mut answer = Answer::default();
-    let trace = TraceContext::current();
+    let trace = TraceContext::incoming();
     let publish = || engine.publisher.deltas(key.user, key.chat, engine.live.take(key), &trace);
     let mut due: Option<Instant> = None;
     loop {
@@ -215,11 +231,11 @@ async fn commit(
     engine: &Arc<Engine>,
     attempt: Attempt,
     answer: Answer,
+    times: Times,
     mut void: DropLive<'_>,
     heart: &Heart,
     deadline: Instant,
 ) -> Result<End, EngineError> {
-    let began = Instant::now();
     let (blocks, calls) = judge(engine, &attempt, answer.blocks);
     let message = NewAssistant {
         turn: attempt.turn,
@@ -235,8 +251,12 @@ async fn commit(
     let mut backoff = Backoff::new(COMMIT_RETRY_MIN, COMMIT_RETRY_MAX);
     // The answer is paid for and shown: while Postgres is away it is kept rather than made again.
     let committed = loop {
+        let asked = Instant::now();
         match engine.store.commit_message(message.clone()).await {
-            Ok(committed) => break committed,
+            Ok(committed) => {
+                measure(&attempt, &times, &committed, asked.elapsed());
+                break committed;
+            }
             Err(error) if error.is_retryable() && Instant::now() < deadline => {
                 tracing::warn!(%error, turn.id = %message.turn, "a message was not committed; trying again");
             }
@@ -252,13 +272,47 @@ async fn commit(
             () = heart.stopped() => return Err(EngineError::Stopped),
         }
     };
-    Phase::Persist.observe(began.elapsed());
     let fenced = matches!(committed.value, CommitOutcome::Fenced);
     void.keep = !fenced;
     drop(void);
     let ready = ready_calls(&committed.events);
     engine.tell_with(committed, false);
     Ok(if fenced { End::Lost } else { End::Committed { ready } })
+}
+
+/// The phases of a round count once it is stored: what was lost with an attempt that was not is its successor's pickup.
+/// They add up to the time since the round before, by the database's clock.
+fn measure(attempt: &Attempt, times: &Times, committed: &Committed<CommitOutcome>, commit: Duration) {
+    let CommitOutcome::Committed { turn_ended } = committed.value else { return };
+    let stored = committed.events.first().and_then(|event| event.time.as_ref());
+    let whole = between(Some(&timestamp(attempt.claimed_at)), stored).unwrap_or_default();
+    let rest = whole.saturating_sub(times.first_token + times.stream);
+    // The claim's own wait is the database's already.
+    let context = times.context.min(rest);
+    let mut persist = rest - context;
+    if turn_ended {
+        // The stamp is of the transaction's begin. Only after the last one nothing else runs meanwhile.
+        persist += commit;
+    }
+    let Lead { enqueue, pickup, approval_wait, tool_route, tool_run, tool_return } = attempt.lead;
+    let first = attempt.iteration == 0;
+    let span = tracing::Span::current();
+    for (phase, time, counts) in [
+        (Phase::Enqueue, enqueue, first),
+        (Phase::Pickup, pickup, true),
+        (Phase::ApprovalWait, approval_wait, !approval_wait.is_zero()),
+        (Phase::ToolRoute, tool_route, !first),
+        (Phase::ToolRun, tool_run, !first),
+        (Phase::ToolReturn, tool_return, !first),
+        (Phase::Context, context, true),
+        (Phase::ModelFirstToken, times.first_token, true),
+        (Phase::ModelStream, times.stream, true),
+        (Phase::Persist, persist, true),
+    ] {
+        if counts {
+            phase.observe(time, &span);
+        }
+    }
 }
 
 /// The calls born in a commit; none where one of them waits for a person.

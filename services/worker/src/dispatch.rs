@@ -9,10 +9,7 @@ use futures::StreamExt;
 use reliant_bus::{BusError, ToolSubject};
 use reliant_flows::Step;
 use reliant_store::{CancelCall, DispatchOrder};
-use reliant_telemetry::{
-    TraceContext, hop_span,
-    metrics::{self, Phase},
-};
+use reliant_telemetry::{TraceContext, hop_span, metrics};
 use reliant_types::{ChatId, ToolCallId, TurnId, limits, pb};
 use tracing::Instrument;
 
@@ -57,7 +54,6 @@ pub fn look_again(turn: TurnId) -> Step {
 
 /// The worst of what became of them.
 pub async fn send_all(engine: &Arc<Engine>, chat: ChatId, calls: &[ToolCallId]) -> Result<Sent, EngineError> {
-    let began = std::time::Instant::now();
     let mut prepared = engine.store.prepare_dispatches(chat, calls).await?;
     let orders = std::mem::take(&mut prepared.value);
     engine.tell(prepared);
@@ -66,7 +62,7 @@ pub async fn send_all(engine: &Arc<Engine>, chat: ChatId, calls: &[ToolCallId]) 
     let mut sent = futures::stream::iter(orders)
         .map(|order| {
             let engine = engine.clone();
-            async move { send(&engine, order, began).await }
+            async move { send(&engine, order).await }
         })
         .buffer_unordered(PARALLEL);
     let mut failed = None;
@@ -80,8 +76,7 @@ pub async fn send_all(engine: &Arc<Engine>, chat: ChatId, calls: &[ToolCallId]) 
     failed.map_or(Ok(worst), Err)
 }
 
-/// `began`: when the dispatch of its round did.
-async fn send(engine: &Arc<Engine>, order: DispatchOrder, began: std::time::Instant) -> Result<Sent, EngineError> {
+async fn send(engine: &Arc<Engine>, order: DispatchOrder) -> Result<Sent, EngineError> {
     let Ok(call) = order.call.call_id.parse::<ToolCallId>() else { return Ok(Sent::Changed) };
     let (daemon, generation) = (order.daemon, order.call.generation);
     let span = tracing::info_span!(
@@ -98,7 +93,6 @@ async fn send(engine: &Arc<Engine>, order: DispatchOrder, began: std::time::Inst
     engine.rounds.sent(call);
     let request = pb::ToolRequest { request: Some(pb::tool_request::Request::Dispatch(order.call)) };
     let asked = engine.bus.request_with(&trace, &ToolSubject { daemon }, &request, limits::NATS_REQUEST_TIMEOUT).await;
-    Phase::ToolRoute.observe(began.elapsed());
     let count = |outcome: &str| metrics::TOOL_DISPATCH.with_label_values(&[outcome]).inc();
     let reply = match asked {
         Ok(pb::ToolReply { reply: Some(pb::tool_reply::Reply::Dispatch(reply)) }) => reply,
@@ -154,7 +148,7 @@ async fn mark_running(
     if engine.rounds.is_settled(call) {
         return;
     }
-    let span = tracing::info_span!("tool.dispatch", tool.call_id = %call);
+    let span = tracing::info_span!("tool.running", tool.call_id = %call);
     trace.set_parent(&span);
     async {
         match engine.store.dispatch_replied(call, generation, &reply).await {

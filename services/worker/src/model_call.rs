@@ -8,18 +8,15 @@ use std::{sync::Arc, time::Duration};
 use reliant_flows::{Heart, ModelOrder, Step};
 use reliant_runtime::Backoff;
 use reliant_store::{Attempt, Claim, StoreError};
-use reliant_telemetry::{
-    TraceContext,
-    metrics::{self, Phase},
-};
-use reliant_types::{Code, Failure, ToolCallId, TurnId, pb};
+use reliant_telemetry::{TraceContext, hop, metrics};
+use reliant_types::{Code, Failure, ToolCallId, TurnId};
 use tokio::time::Instant;
 use tracing::Instrument;
 
 use crate::{
     attempt::{self, End},
     dispatch::{self, Sent},
-    engine::{Engine, EngineError, between},
+    engine::{Engine, EngineError},
     rounds::Waited,
 };
 
@@ -89,7 +86,10 @@ async fn round(
     let mut backoff = Backoff::new(BACKOFF_MIN, BACKOFF_MAX);
     let mut broken = 0;
     loop {
-        let mut claimed = match engine.store.claim_attempt(turn, iteration, engine.instance).await {
+        let began = Instant::now();
+        let claim =
+            hop(trace, tracing::info_span!(parent: None, "turn.claim", turn.id = %turn, turn.iteration = iteration));
+        let mut claimed = match engine.store.claim_attempt(turn, iteration, engine.instance, &claim).await {
             Ok(claimed) => claimed,
             Err(StoreError::NotFound { .. }) => return Ok(Vec::new()),
             Err(error) => return Err(error.into()),
@@ -106,16 +106,18 @@ async fn round(
             turn.fence = attempt.fence,
             message.id = %attempt.message,
         );
-        let stored = TraceContext::from_traceparent(&attempt.traceparent);
-        if stored.is_empty() { trace } else { &stored }.set_parent(&span);
-        measure_pickup(&attempt, &claimed.events);
+        claim.set_parent(&span);
+        // An attempt stands beside the one that it replaces.
+        if attempt.restarted {
+            attempt.replaces.link(&span);
+        }
         span.in_scope(|| engine.tell(claimed));
         if attempt.restarted {
             metrics::TURN_TAKEOVERS.inc();
         }
         let deadline = deadline(&attempt);
         let (turn, fence) = (attempt.turn, attempt.fence);
-        let end = attempt::run(engine, *attempt, heart, deadline).instrument(span.clone()).await;
+        let end = attempt::run(engine, *attempt, began, heart, deadline).instrument(span.clone()).await;
         let failure = match end {
             Ok(End::Committed { ready }) => return Ok(ready),
             Ok(End::Lost) => return Ok(Vec::new()),
@@ -140,20 +142,6 @@ async fn round(
         let failed = engine.store.fail_turn(turn, Some(fence), &failure).instrument(span.clone()).await?;
         span.in_scope(|| engine.tell_with(failed, false));
         return Ok(Vec::new());
-    }
-}
-
-/// From the accepted message to the claim of its first round, by the database's clock.
-fn measure_pickup(attempt: &Attempt, events: &[pb::ChatEvent]) {
-    if attempt.iteration > 0 || attempt.restarted {
-        return;
-    }
-    let turn = attempt.turn.to_string();
-    let message =
-        attempt.history.iter().rev().find(|message| message.role() == pb::Role::User && message.turn_id == turn);
-    let asked = message.and_then(|message| message.created_at.as_ref());
-    if let Some(time) = between(asked, events.last().and_then(|event| event.time.as_ref())) {
-        Phase::Pickup.observe(time);
     }
 }
 

@@ -52,7 +52,10 @@ impl Publisher {
 
     /// Events that were just committed.
     pub fn events(&self, user: UserId, events: Vec<pb::ChatEvent>) {
-        let trace = TraceContext::current();
+        if events.is_empty() {
+            return;
+        }
+        let trace = Bus::context_of_publish::<UpdateSubject>();
         let mut batch = Vec::new();
         let mut bytes = 0;
         for event in events {
@@ -78,7 +81,7 @@ impl Publisher {
 
     pub fn feed(&self, user: UserId, events: Vec<pb::FeedEvent>) {
         if !events.is_empty() {
-            self.enqueue(Hint::Feed(FeedSubject { user }, pb::FeedUpdate { events }, TraceContext::current()));
+            self.enqueue(Hint::Feed(FeedSubject { user }, pb::FeedUpdate { events }, TraceContext::incoming()));
         }
     }
 

@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use reliant_bus::{Received, ResultSubject};
-use reliant_telemetry::metrics::{self, Phase};
+use reliant_telemetry::metrics;
 use reliant_types::pb;
 use tokio::sync::Semaphore;
 use tracing::Instrument;
@@ -45,8 +45,6 @@ async fn commit(engine: &Arc<Engine>, received: Received<ResultSubject>) {
         tracing::warn!(%daemon, %call, "a result does not belong to its subject; skipped");
         return;
     }
-    let run = std::time::Duration::from_micros(result.run_us.max(0) as u64);
-    let began = std::time::Instant::now();
     let committed = match engine.store.commit_result(daemon, result).await {
         Ok(committed) => committed,
         Err(error) => {
@@ -65,11 +63,8 @@ async fn commit(engine: &Arc<Engine>, received: Received<ResultSubject>) {
     let applied = committed.value == pb::AckOutcome::Committed;
     metrics::TOOL_RESULTS.with_label_values(&[if applied { "committed" } else { "discarded" }]).inc();
     if applied {
-        Phase::Persist.observe(began.elapsed());
-        Phase::ToolRun.observe(run);
         if let Some(round_trip) = settled.round_trip {
             metrics::TOOL_ROUND_TRIP.observe(round_trip.as_secs_f64());
-            Phase::ToolReturn.observe(round_trip.saturating_sub(run));
         }
     }
     // The sender of the call waits for it here and asks Postgres itself: a wake would only cost.

@@ -229,15 +229,17 @@ impl Bus {
         if current.is_empty() {
             return current;
         }
-        let span = tracing::info_span!(
-            "nats.send",
-            otel.kind = "producer",
-            messaging.system = "nats",
-            messaging.operation.name = operation,
-            messaging.destination.template = T::TEMPLATE,
-        );
-        let below = hop_span(span);
+        let below = hop_span(send_span(T::TEMPLATE, operation));
         if below.is_empty() { current } else { below }
+    }
+
+    /// The context of a short span below what came into this process: for a message that is sent later, without its
+    /// sender's span.
+    pub fn context_of_publish<T: Topic>() -> TraceContext {
+        if TraceContext::incoming().is_empty() {
+            return TraceContext::default();
+        }
+        hop_span(send_span(T::TEMPLATE, "publish"))
     }
 
     pub(crate) async fn send<M: Message>(
@@ -313,6 +315,20 @@ impl Bus {
             Err(_) => Err(BusError::Busy),
         }
     }
+}
+
+/// `operation`: "publish" or "request".
+fn send_span(template: &'static str, operation: &'static str) -> tracing::Span {
+    tracing::info_span!(
+        // reliant_telemetry::names::span::BUS_SEND
+        "nats.send",
+        otel.name = format!("{operation} {template}"),
+        otel.kind = "producer",
+        messaging.system = "nats",
+        messaging.operation.name = operation,
+        messaging.operation.type = "send",
+        messaging.destination.template = template,
+    )
 }
 
 fn outcome<T>(result: &Result<T, BusError>) -> &'static str {

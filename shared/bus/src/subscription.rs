@@ -57,10 +57,13 @@ impl<T: Topic> Received<T> {
     /// A span for working on this message, below its sender's.
     pub fn span(&self) -> tracing::Span {
         let span = tracing::info_span!(
-            "nats.process",
+            // reliant_telemetry::names::span::BUS_PROCESS
+            "process",
+            otel.name = format!("process {}", T::TEMPLATE),
             otel.kind = "consumer",
             messaging.system = "nats",
             messaging.operation.name = "process",
+            messaging.operation.type = "process",
             messaging.destination.template = T::TEMPLATE,
         );
         self.trace.set_parent(&span);

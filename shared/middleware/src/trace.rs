@@ -6,7 +6,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use http::{Request, Response};
 use http_body::Body as HttpBody;
-use reliant_telemetry::TraceContext;
+use reliant_telemetry::{TraceContext, hop};
 use tonic::body::Body;
 use tower::{Layer, Service};
 use tracing::{Instrument as _, Span, field::Empty};
@@ -62,11 +62,28 @@ where
     fn call(&mut self, request: Request<B>) -> Self::Future {
         let caller = TraceContext::from_http(request.headers());
         let caller = if self.trust_sampled { caller } else { caller.at_edge() };
-        let span = server_span(methods::of_path(request.uri().path()));
+        let method = methods::of_path(request.uri().path());
+        let caller = if caller.is_empty() { edge(method) } else { caller };
+        let span = server_span(method);
         caller.set_parent(&span);
         let call = span.in_scope(|| self.inner.call(request));
         Box::pin(observe(call, Guard::new(Ended(span.clone()))).instrument(span))
     }
+}
+
+/// Where a trace begins here, it begins with a span that has ended: the call's own is open until its answer is out, and a
+/// turn that hung on it would be orphaned by the death of this process.
+fn edge(method: Method) -> TraceContext {
+    if is_probe(method) {
+        return TraceContext::default();
+    }
+    // reliant_telemetry::names::span::RPC_EDGE
+    hop(&TraceContext::default(), tracing::info_span!(parent: None, "rpc.edge", rpc.method = method.name))
+}
+
+/// Probes come every second and say nothing.
+fn is_probe(method: Method) -> bool {
+    method.name.starts_with("grpc.")
 }
 
 fn server_span(method: Method) -> Span {
@@ -86,8 +103,7 @@ fn server_span(method: Method) -> Span {
             )
         };
     }
-    // Probes come every second and say nothing.
-    if method.name.starts_with("grpc.") { span!(debug_span) } else { span!(info_span) }
+    if is_probe(method) { span!(debug_span) } else { span!(info_span) }
 }
 
 struct Ended(Span);

@@ -8,7 +8,7 @@ use std::{
 
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
-use reliant_telemetry::trace::TraceContext;
+use reliant_telemetry::{TraceContext, hop_span};
 use reliant_types::{Code, Failure, pb};
 use reqwest::{
     Client, Response, StatusCode, Url,
@@ -126,7 +126,7 @@ impl Models {
     pub async fn stream(&self, request: ModelRequest) -> Result<ModelStream, ModelError> {
         let prepared = self.prepare(&request)?;
         drop(request);
-        self.attempt(&prepared).await
+        self.attempt(&prepared, &mut TraceContext::default()).await
     }
 
     pub(crate) fn retry_policy(&self) -> &RetryPolicy {
@@ -147,12 +147,19 @@ impl Models {
         Ok(Prepared { provider, model, body: body.into() })
     }
 
-    pub(crate) async fn attempt(&self, prepared: &Prepared) -> Result<ModelStream, ModelError> {
+    /// `before`: the attempt that this one replaces, to which it links; then this one.
+    pub(crate) async fn attempt(
+        &self,
+        prepared: &Prepared,
+        before: &mut TraceContext,
+    ) -> Result<ModelStream, ModelError> {
         let Prepared { provider, model, body } = prepared;
         let mut call = Call::start(model, provider.url.host_str().unwrap_or_default());
+        before.link(&call.span);
+        *before = TraceContext::of(&call.span);
         let key = provider.config.api_key.expose();
         let stall = self.inner.config.stall;
-        match provider.send(body.clone(), &call, stall).await {
+        match provider.send(body.clone(), stall).await {
             Ok(response) => {
                 let decoder = Decoder::new(model.kind, key);
                 Ok(ModelStream::new(response.bytes_stream(), decoder, stall, model.clone(), call))
@@ -214,12 +221,14 @@ impl Provider {
     }
 
     /// The response whose body is the stream.
-    async fn send(&self, body: Bytes, call: &Call, stall: Duration) -> Result<Response, ModelError> {
+    async fn send(&self, body: Bytes, stall: Duration) -> Result<Response, ModelError> {
         let key = self.config.api_key.expose();
         let client = self.client.as_ref().map_err(|error| ModelError::Connect { message: error.clone() })?;
         let mut headers = self.headers.clone();
         if self.traceparent {
-            TraceContext::of(&call.span).inject_http(&mut headers);
+            // The call's own span is open until the answer's end; what the provider is told of has ended.
+            let span = tracing::info_span!("model.send", otel.kind = "producer", server.address = self.url.host_str());
+            hop_span(span).inject_http(&mut headers);
         }
         let sent = client.post(self.url.clone()).headers(headers).body(body).send();
         let response = match timeout(stall, sent).await {

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use reliant_telemetry::metrics::MODEL_RETRIES;
+use reliant_telemetry::{TraceContext, metrics::MODEL_RETRIES};
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep_until};
 
@@ -62,9 +62,10 @@ impl Models {
         let prepared = self.prepare(&request)?;
         drop(request);
         let mut attempt = 0;
+        let mut before = TraceContext::default();
         loop {
             attempt += 1;
-            let error = match self.begin(&prepared).await {
+            let error = match self.begin(&prepared, &mut before).await {
                 Ok(stream) => return Ok(stream),
                 Err(error) => error,
             };
@@ -85,8 +86,8 @@ impl Models {
         }
     }
 
-    async fn begin(&self, prepared: &Prepared) -> Result<ModelStream, ModelError> {
-        let mut stream = self.attempt(prepared).await?;
+    async fn begin(&self, prepared: &Prepared, before: &mut TraceContext) -> Result<ModelStream, ModelError> {
+        let mut stream = self.attempt(prepared, before).await?;
         stream.first().await?;
         Ok(stream)
     }

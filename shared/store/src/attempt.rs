@@ -4,6 +4,7 @@
 //! are born in the commit of the message that asks for them; all attempts of a round write the same message.
 
 use chrono::{DateTime, Utc};
+use reliant_telemetry::TraceContext;
 use reliant_types::{
     ApprovalId, ChatId, DaemonId, Failure, InstanceId, MessageId, ToolCallId, TurnId, UserId, limits,
     pb::{self, chat_event::Kind, content_block::Block},
@@ -11,9 +12,10 @@ use reliant_types::{
 use uuid::Uuid;
 
 use crate::{
-    Attempt, Claim, CommitOutcome, Committed, DaemonTools, NewAssistant, NewBlock, NewCall, Notice, Result, Store,
-    StoreError,
+    Attempt, Claim, CommitOutcome, Committed, DaemonTools, Lead, NewAssistant, NewBlock, NewCall, Notice, Result,
+    Store, StoreError,
     chat_tx::{ChatTx, Key, NewMessage},
+    lead::Stamps,
     pages::newest_for_model,
     rows::{CallRow, MessageRow, TurnRow, calls, clean, declarations, incarnation, mode, turns},
     settle::{self, TurnEnding},
@@ -21,19 +23,37 @@ use crate::{
 
 impl Store {
     /// Takes the round: later writes of earlier attempts are void. Starts a queued turn, and its clock.
-    pub async fn claim_attempt(&self, turn: TurnId, iteration: i32, producer: InstanceId) -> Result<Committed<Claim>> {
-        self.run("claim_attempt", async || self.claim_once(turn, iteration, producer).await).await
+    /// `trace`: the attempt's own trace context, to which a later attempt links.
+    pub async fn claim_attempt(
+        &self,
+        turn: TurnId,
+        iteration: i32,
+        producer: InstanceId,
+        trace: &TraceContext,
+    ) -> Result<Committed<Claim>> {
+        self.run("claim_attempt", async || self.claim_once(turn, iteration, producer, trace).await).await
     }
 
-    async fn claim_once(&self, turn: TurnId, iteration: i32, producer: InstanceId) -> Result<Committed<Claim>> {
+    async fn claim_once(
+        &self,
+        turn: TurnId,
+        iteration: i32,
+        producer: InstanceId,
+        trace: &TraceContext,
+    ) -> Result<Committed<Claim>> {
         let mut tx = ChatTx::open(self, Key::Turn(turn)).await?.ok_or(StoreError::not_found("turn"))?;
         let now = tx.now;
         let row = sqlx::query!(
-            r#"WITH old AS (SELECT status, live_message_id FROM turns WHERE id = $1)
+            r#"WITH old AS (SELECT status, live_message_id, attempt_trace FROM turns WHERE id = $1)
                UPDATE turns t SET fence = fence + 1, producer = $3, live_message_id = COALESCE(t.live_message_id, $4),
-                      status = 'running', started_at = COALESCE(started_at, $5),
+                      status = 'running', started_at = COALESCE(t.started_at, $5), attempt_trace = $6,
                       deadline_at = COALESCE(deadline_at, $5 + deadline_left_ms * interval '1 millisecond')
                FROM old, chats c LEFT JOIN daemons d ON d.id = c.daemon_id AND d.revoked_at IS NULL
+                    LEFT JOIN LATERAL (
+                        SELECT k.created_at, k.dispatched_at, k.started_at, k.ended_at, a.decided_at
+                        FROM tool_calls k LEFT JOIN approvals a ON a.tool_call_id = k.id
+                        WHERE k.turn_id = $1 AND k.iteration = $2 - 1 ORDER BY k.ended_at DESC NULLS LAST LIMIT 1
+                    ) l ON true
                WHERE t.id = $1 AND c.id = t.chat_id AND t.iteration = $2 AND t.ended_at IS NULL
                  AND NOT EXISTS (SELECT FROM tool_calls k WHERE k.turn_id = $1 AND k.ended_at IS NULL)
                  AND NOT EXISTS (SELECT FROM turns o WHERE o.chat_id = c.id AND o.ended_at IS NULL AND o.ordinal < t.ordinal)
@@ -42,12 +62,16 @@ impl Store {
                          t.producer, t.traceparent, t.model, t.mode, t.deadline_at AS "deadline!", t.cancel_requested,
                          t.error_code, t.error_message, t.usage, t.created_at, t.started_at, t.ended_at,
                          d.id AS "daemon?", d.incarnation, d.hostname AS "hostname?", d.os AS "os?",
-                         d.declarations AS "declarations?""#,
+                         d.declarations AS "declarations?", old.attempt_trace AS "before!", c.looked_at,
+                         (SELECT p.ended_at FROM turns p WHERE p.chat_id = t.chat_id AND p.ordinal = t.ordinal - 1) AS freed_at,
+                         l.created_at AS "called_at?", l.decided_at, l.dispatched_at, l.started_at AS ran_at,
+                         l.ended_at AS settled_at"#,
             turn.0,
             iteration,
             producer.0,
             MessageId::new().0,
             now,
+            trace.traceparent,
         )
         .fetch_optional(tx.conn())
         .await?;
@@ -56,6 +80,17 @@ impl Store {
             let claim = if current.iteration > iteration { Claim::AlreadyCommitted } else { Claim::Stale };
             return tx.nothing(claim).await;
         };
+        let lead = Lead::of(&Stamps {
+            accepted: row.created_at,
+            looked: row.looked_at,
+            freed: row.freed_at,
+            called: row.called_at,
+            decided: row.decided_at,
+            dispatched: row.dispatched_at,
+            ran: row.ran_at,
+            settled: row.settled_at,
+            claimed: now,
+        });
         let current = TurnRow {
             id: row.id,
             chat_id: row.chat_id,
@@ -106,6 +141,9 @@ impl Store {
             mode: mode(&current.mode),
             model: current.model,
             traceparent: current.traceparent,
+            replaces: TraceContext::from_traceparent(&row.before),
+            lead,
+            claimed_at: now,
             daemon,
             root_id,
             history: Vec::new(),

@@ -47,7 +47,7 @@ impl Store {
             }
             if rows.seen < rows.wanted {
                 sqlx::query!(
-                    "UPDATE chats SET seen = GREATEST(seen, $2) WHERE id = $1 AND seen < $2",
+                    "UPDATE chats SET seen = GREATEST(seen, $2), looked_at = clock_timestamp() WHERE id = $1 AND seen < $2",
                     chat.0,
                     rows.wanted
                 )
@@ -87,9 +87,13 @@ impl Store {
                     if let Some((turn, status)) = rows.new_status(&decision) {
                         set_status(&mut tx, turn, status).await?;
                     }
-                    sqlx::query!("UPDATE chats SET seen = GREATEST(seen, $2) WHERE id = $1", chat.0, wanted)
-                        .execute(tx.conn())
-                        .await?;
+                    sqlx::query!(
+                        "UPDATE chats SET seen = GREATEST(seen, $2), looked_at = clock_timestamp() WHERE id = $1",
+                        chat.0,
+                        wanted
+                    )
+                    .execute(tx.conn())
+                    .await?;
                     return tx.commit(step(decision, rows.snapshot.now_ms)).await;
                 }
             }

@@ -15,6 +15,7 @@ mod drive;
 mod error;
 mod feed;
 mod instances;
+mod lead;
 mod messages;
 mod model;
 mod pages;
@@ -31,6 +32,7 @@ mod users;
 
 pub use daemons::DAEMON_SCOPE;
 pub use error::StoreError;
+pub use lead::Lead;
 pub use model::*;
 pub use pool::{Store, StoreConfig};
 

@@ -52,6 +52,7 @@ impl Store {
         .fetch_optional(&mut *tx)
         .await?
         .ok_or(StoreError::not_found("chat"))?;
+        let stamped = Some(std::time::Instant::now());
         if let Some(earlier) = row.earlier {
             tx.rollback().await?;
             return self.sent_before(new, MessageId(earlier)).await;
@@ -121,7 +122,7 @@ impl Store {
         tx.event(Kind::TurnChanged(turn.to_pb()));
         tx.touch();
         tx.want(&turn.traceparent);
-        tx.commit(Sent { message, turn: turn.to_pb(), duplicate: false }).await
+        tx.commit(Sent { message, turn: turn.to_pb(), duplicate: false, stamped }).await
     }
 
     async fn sent_before(&self, new: &SendMessage, message: MessageId) -> Result<Committed<Sent>> {
@@ -131,7 +132,7 @@ impl Store {
             .fetch_optional(&self.pool)
             .await?
             .ok_or(StoreError::Corrupt("a message without its turn"))?;
-        let sent = Sent { message: message.to_pb()?, turn: turn.to_pb(), duplicate: true };
+        let sent = Sent { message: message.to_pb()?, turn: turn.to_pb(), duplicate: true, stamped: None };
         Ok(Committed::nothing(new.user, sent))
     }
 

@@ -106,6 +106,8 @@ pub struct Sent {
     pub turn: pb::Turn,
     /// The message had been accepted before.
     pub duplicate: bool,
+    /// When the rows' stamps were taken, by this process's clock; none for a duplicate.
+    pub stamped: Option<std::time::Instant>,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -204,6 +206,12 @@ pub struct Attempt {
     pub model: String,
     pub mode: pb::ChatMode,
     pub traceparent: String,
+    /// The trace context of the attempt before this one, of this round or of the one before.
+    pub replaces: reliant_telemetry::TraceContext,
+    /// Where the time went since the round before was stored, or since the turn was accepted.
+    pub lead: crate::Lead,
+    /// By the database's clock.
+    pub claimed_at: DateTime<Utc>,
     /// None: the chat has no daemon.
     pub daemon: Option<DaemonTools>,
     /// The root of the daemon that is chosen; empty where it offers none.

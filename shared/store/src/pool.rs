@@ -227,7 +227,9 @@ fn span(name: &'static str) -> tracing::Span {
         return tracing::Span::none();
     }
     tracing::info_span!(
-        "store.transaction",
+        // reliant_telemetry::names::span::DB
+        "db",
+        otel.name = format!("db {name}"),
         otel.kind = "client",
         db.system.name = "postgresql",
         db.operation.name = name,

@@ -110,7 +110,9 @@ async fn apply(
     let settled = sqlx::query_scalar!(
         "UPDATE tool_calls SET status = $4, unknown_cause = $5, result = $6, is_error = $7, error_code = $8, exit_code = $9,
                 output_bytes = $10, ended_at = $11,
-                started_at = COALESCE(started_at, LEAST($11, GREATEST(dispatched_at, $11::timestamptz - $12 * interval '1 microsecond')))
+                started_at = CASE WHEN $12::float8 > 0
+                    THEN LEAST($11, GREATEST(dispatched_at, $11::timestamptz - $12::float8 * interval '1 microsecond'))
+                    ELSE COALESCE(started_at, $11) END
          WHERE id = $1 AND daemon_id = $2 AND generation >= $3 AND sent > 0 AND ended_at IS NULL AND incarnation::text = $13
          RETURNING turn_id",
         stored.call.0,

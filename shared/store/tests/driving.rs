@@ -26,7 +26,7 @@ async fn a_plain_turn_runs_to_its_end() {
     let expected =
         ["chat", "message USER", "turn QUEUED", "turn RUNNING", "started 1", "message ASSISTANT", "turn SUCCEEDED"];
     assert_eq!(kinds(&log), expected);
-    let claim = world.store().claim_attempt(turn, 0, world.worker).await.unwrap();
+    let claim = world.store().claim_attempt(turn, 0, world.worker, &Default::default()).await.unwrap();
     assert_eq!((claim.value, claim.events.len()), (Claim::AlreadyCommitted, 0));
 }
 
@@ -68,7 +68,7 @@ async fn a_zombie_changes_nothing() {
     let world = World::new().await;
     let turn = world.turn("a").await;
     let zombie = world.claim(turn, 0).await;
-    let committed = world.store().claim_attempt(turn, 0, InstanceId::new()).await.unwrap();
+    let committed = world.store().claim_attempt(turn, 0, InstanceId::new(), &Default::default()).await.unwrap();
     let Claim::Claimed(heir) = &committed.value else { panic!("not claimed") };
     assert_eq!((heir.fence, heir.message, heir.restarted), (2, zombie.message, true));
     assert_eq!(kinds(&committed.events), ["started 2"]);
@@ -93,7 +93,7 @@ async fn a_message_sent_meanwhile_is_the_next_turn() {
     let attempt = world.claim(first, 0).await;
     let second = world.turn("b").await;
     assert_eq!(world.turn_status(second).await, pb::TurnStatus::Queued);
-    let claim = world.store().claim_attempt(second, 0, world.worker).await.unwrap();
+    let claim = world.store().claim_attempt(second, 0, world.worker, &Default::default()).await.unwrap();
     assert_eq!(claim.value, Claim::Stale, "an older turn runs");
     let _ = world.store().commit_message(answer(&attempt, "answer a", vec![])).await.unwrap();
     assert_eq!(world.step().await, Step::CallModel { turn: second, iteration: 0 });
@@ -241,7 +241,7 @@ async fn many_workers_at_one_chat_commit_each_round_once() {
     let world = World::new().await;
     let turn = world.turn("a").await;
     let workers = (0..8).map(|_| async {
-        let claim = world.store().claim_attempt(turn, 0, InstanceId::new()).await.unwrap();
+        let claim = world.store().claim_attempt(turn, 0, InstanceId::new(), &Default::default()).await.unwrap();
         match claim.value {
             Claim::Claimed(attempt) => world.store().commit_message(answer(&attempt, "x", vec![])).await.unwrap().value,
             _ => CommitOutcome::Fenced,

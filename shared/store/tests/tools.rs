@@ -394,7 +394,10 @@ async fn a_cancel_during_the_model_call_names_who_writes() {
     assert_eq!(cancelled.value.producer, Some(world.worker));
     let fenced = world.store().commit_message(answer(&attempt, "too late", vec![])).await.unwrap();
     assert_eq!(fenced.value, CommitOutcome::Fenced);
-    assert_eq!(world.store().claim_attempt(turn, 0, world.worker).await.unwrap().value, Claim::Stale);
+    assert_eq!(
+        world.store().claim_attempt(turn, 0, world.worker, &Default::default()).await.unwrap().value,
+        Claim::Stale
+    );
     assert!(world.store().snapshot(world.user, world.chat).await.unwrap().started.is_empty());
 }
 

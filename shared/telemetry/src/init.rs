@@ -13,10 +13,7 @@ use opentelemetry_sdk::{
     Resource,
     logs::{BatchConfigBuilder as LogBatch, BatchLogProcessor, SdkLoggerProvider},
     propagation::TraceContextPropagator,
-    trace::{
-        BatchConfigBuilder, BatchSpanProcessor, Sampler, SamplingDecision, SamplingResult, SdkTracerProvider,
-        ShouldSample,
-    },
+    trace::{Sampler, SamplingDecision, SamplingResult, SdkTracerProvider, ShouldSample, SpanExporter as _},
 };
 use std::{sync::OnceLock, time::Duration};
 use tracing::level_filters::LevelFilter;
@@ -27,9 +24,9 @@ use tracing_subscriber::{
     layer::SubscriberExt,
 };
 
-use crate::{export::Counted, log::JsonFormat};
+use crate::{export::Counted, log::JsonFormat, pipeline::Pipeline};
 
-/// Spans and log records that wait for the collector; past that they are dropped and counted by the SDK.
+/// Log records that wait for the collector.
 const OTLP_QUEUE_MAX: usize = 8192;
 const OTLP_BATCH_MAX: usize = 512;
 const OTLP_DELAY: Duration = Duration::from_millis(500);
@@ -180,22 +177,16 @@ pub fn init(config: &TelemetryConfig) -> Result<Guard, TelemetryError> {
     traces = match endpoint {
         None => traces.with_sampler(PassThrough),
         Some(endpoint) => {
-            let exporter = opentelemetry_otlp::SpanExporter::builder()
+            let mut exporter = opentelemetry_otlp::SpanExporter::builder()
                 .with_tonic()
                 .with_endpoint(endpoint)
                 .with_timeout(OTLP_TIMEOUT)
                 .build()
                 .map_err(otlp_error)?;
-            let batch = BatchConfigBuilder::default()
-                .with_max_queue_size(OTLP_QUEUE_MAX)
-                .with_max_export_batch_size(OTLP_BATCH_MAX)
-                .with_scheduled_delay(OTLP_DELAY)
-                .build();
+            exporter.set_resource(&resource);
             traces
                 .with_sampler(Sampler::ParentBased(Box::new(Sampler::TraceIdRatioBased(config.sample_ratio))))
-                .with_span_processor(
-                    BatchSpanProcessor::builder(Counted::new(exporter, "traces")).with_batch_config(batch).build(),
-                )
+                .with_span_processor(Pipeline::start(Counted::new(exporter, "traces")))
         }
     };
     let traces = traces.build();

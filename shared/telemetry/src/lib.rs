@@ -6,6 +6,7 @@ mod init;
 mod log;
 pub mod metrics;
 pub mod names;
+mod pipeline;
 pub mod trace;
 
 pub use init::{Guard, LogFormat, TelemetryConfig, TelemetryError, init};

@@ -1,6 +1,8 @@
 //! Every metric, declared once; its doc comment is its help text. Labels have few values: never a user, chat, daemon
 //! or trace id, and tool names only through [`tool_label`].
 
+use tracing_opentelemetry::OpenTelemetrySpanExt;
+
 use prometheus::{Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry};
 use std::{
     sync::LazyLock,
@@ -116,7 +118,7 @@ metrics! {
     pub static BUS_CONNECTED: IntGauge = ("reliant_bus_connected", []);
 
     // --- turns
-    /// Where a turn's time goes. The phases add up to the turn: accept, enqueue, pickup, context, model_first_token, model_stream, approval_wait, tool_route, tool_run, tool_return, persist, fanout.
+    /// Where a turn's time goes; the phases of a turn that succeeded add up to it. accept: read and checked by the api. enqueue: stored, and until a worker was told. pickup: until a worker took a round up. context: history read and request made. model_first_token, model_stream: the provider. approval_wait: for a person. tool_route, tool_run, tool_return: to the daemon (or waiting for it), on it, and back; of parallel calls the one that ended last. persist: storing the answer. fanout: from an api replica's receipt of the turn's end to its viewers.
     pub static TURN_PHASE: HistogramVec = ("reliant_turn_phase_seconds", ["phase"], LONG_SECONDS);
     /// Whole turns, from accepted to ended, by end (succeeded, failed, cancelled).
     pub static TURN_DURATION: HistogramVec = ("reliant_turn_seconds", ["status"], LONG_SECONDS);
@@ -273,8 +275,10 @@ impl Phase {
         }
     }
 
-    pub fn observe(self, time: Duration) {
+    /// Counts the time, and writes it on the span that knows it.
+    pub fn observe(self, time: Duration, span: &tracing::Span) {
         TURN_PHASE.with_label_values(&[self.as_str()]).observe(time.as_secs_f64());
+        span.set_attribute(crate::names::attr::phase(self), time.as_secs_f64());
     }
 }
 

@@ -114,11 +114,23 @@ impl TraceContext {
     }
 
     /// Makes `span` a child of this context. Call it before the span is first entered: an entered span has its ids.
+    /// What leaves the process below it hangs on this context as well; see [`hop`].
     pub fn set_parent(&self, span: &Span) {
         if let Some(context) = self.span_context() {
+            let incoming = Incoming(context.clone());
             // Err: no telemetry, or the span is filtered out. Neither concerns the caller.
-            let _ = span.set_parent(Context::new().with_remote_span_context(context));
+            let _ = span.set_parent(Context::new().with_remote_span_context(context).with_value(incoming));
         }
+    }
+
+    /// The context that came into this process and that the current span is below; empty where its trace began here.
+    pub fn incoming() -> Self {
+        let span = Span::current();
+        if span.is_disabled() {
+            return Self::default();
+        }
+        let context = span.context();
+        context.get::<Incoming>().map(|incoming| Self::from_span_context(&incoming.0)).unwrap_or_default()
     }
 
     /// Links `span` to this context: for retries, takeovers and live pieces.
@@ -141,15 +153,23 @@ impl From<TraceContext> for reliant_types::pb::TraceContext {
     }
 }
 
+/// The context that a process was given, remembered below the span that it became the parent of.
+struct Incoming(SpanContext);
+
 /// The context of a short span, which ends here: what is sent to another process. Without telemetry, empty.
+///
+/// Its parent is the context that came into this process, not the current span: that one is still open, and would leave
+/// orphans behind if the process were killed. The span's name must be one of those that
+/// [`crate::names::span::leaves_the_process`] knows.
 pub fn hop_span(span: Span) -> TraceContext {
+    TraceContext::incoming().set_parent(&span);
     TraceContext::of(&span)
 }
 
 /// Like [`hop_span`], but with `parent` as the span's parent, and `parent` itself where no span is recorded.
 pub fn hop(parent: &TraceContext, span: Span) -> TraceContext {
     parent.set_parent(&span);
-    let context = hop_span(span);
+    let context = TraceContext::of(&span);
     if context.is_empty() { parent.clone() } else { context }
 }
 

@@ -7,6 +7,7 @@ mod link;
 mod observer;
 mod proxy;
 mod rig;
+mod sink;
 mod wait;
 
 pub use arena::{Arena, ArenaOptions, Claim, Collapse, Host, Node, Supervised, Visitor};
@@ -15,4 +16,5 @@ pub use link::{Layer, Link, Peer};
 pub use observer::{CallLook, Hold, LogLook, Observer, StoredMessage, TurnLook};
 pub use proxy::{Network, Proxy};
 pub use rig::{DaemonOptions, Person, Rig, RigOptions, TestDaemon, init, tools_dir};
+pub use sink::{Sink, sink};
 pub use wait::{eventually, within};

@@ -63,13 +63,15 @@ pub struct RigOptions {
     /// More TOML for all roles.
     pub config: String,
     pub env: Vec<(String, String)>,
+    /// All roles send all their spans to [`crate::sink()`].
+    pub traced: bool,
     /// The `reliant` binary; default: the one built beside the test.
     pub binary: Option<PathBuf>,
 }
 
 impl Default for RigOptions {
     fn default() -> Self {
-        Self { apis: 1, workers: 1, gateways: 1, config: String::new(), env: Vec::new(), binary: None }
+        Self { apis: 1, workers: 1, gateways: 1, config: String::new(), env: Vec::new(), traced: false, binary: None }
     }
 }
 
@@ -133,6 +135,11 @@ impl Rig {
         let jwt_key_file = dir.path().join("jwt.pem");
         std::fs::write(&jwt_key_file, &pem)?;
         let task_queue = format!("rig-{}-{number}", std::process::id());
+        let mut env = options.env;
+        if options.traced {
+            env.push(("RELIANT_TELEMETRY__OTLP_ENDPOINT".into(), crate::sink()?.url().into()));
+            env.push(("RELIANT_TELEMETRY__SAMPLE_RATIO".into(), "1.0".into()));
+        }
         let spec = MeshSpec {
             binary: options.binary.map_or_else(binary, Ok)?,
             dir: dir.path().to_owned(),
@@ -145,7 +152,7 @@ impl Rig {
             gateways: options.gateways,
             usual_ports: false,
             extra_config: options.config,
-            env: options.env,
+            env,
             role_env: Vec::new(),
         };
         let mesh = Mesh::start(spec, &nats).await?;

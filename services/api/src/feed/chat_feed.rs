@@ -125,12 +125,13 @@ impl ChatFeed {
             tokio::select! {
                 hint = hints.next() => {
                     let Some(hint) = hint else { return };
+                    let received = Instant::now();
                     if hint.message.events.is_empty() {
-                        self.hint(hint.message);
+                        self.hint(hint.message, received);
                     } else {
                         hint.span().in_scope(|| {
                             let _fanout = tracing::info_span!("update.fanout", viewers = self.roster.len()).entered();
-                            self.hint(hint.message);
+                            self.hint(hint.message, received);
                         });
                     }
                 }
@@ -160,7 +161,7 @@ impl ChatFeed {
         }
     }
 
-    fn hint(&mut self, update: pb::ChatUpdate) {
+    fn hint(&mut self, update: pb::ChatUpdate, received: Instant) {
         let mut out = Vec::new();
         let merge = self.state.merge();
         for event in update.events {
@@ -173,6 +174,13 @@ impl ChatFeed {
             merge.length(length);
         }
         self.spread(&out);
+        let ended = |output: &Output| match output {
+            Output::Event(event) => matches!(&event.kind, Some(Kind::TurnChanged(turn)) if turn_ended(turn)),
+            Output::Delta(_) => false,
+        };
+        if out.iter().any(ended) {
+            Phase::Fanout.observe(received.elapsed(), &tracing::Span::current());
+        }
     }
 
     fn command(&mut self, command: Command) {
@@ -203,15 +211,7 @@ impl ChatFeed {
         let (mut events, mut deltas) = (0, 0);
         for output in out {
             match output {
-                Output::Event(event) => {
-                    events += 1;
-                    if let (Some(Kind::TurnChanged(turn)), Some(time)) = (&event.kind, &event.time)
-                        && turn_ended(turn)
-                    {
-                        let born_us = time.seconds * 1_000_000 + i64::from(time.nanos) / 1000;
-                        Phase::Fanout.observe(Duration::from_micros((now_us - born_us).max(0).unsigned_abs()));
-                    }
-                }
+                Output::Event(_) => events += 1,
                 Output::Delta(delta) => {
                     deltas += 1;
                     if delta.produced_unix_us > 0 && delta.produced_unix_us <= now_us {

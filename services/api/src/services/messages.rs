@@ -41,7 +41,10 @@ impl Messages {
             deadline: limits::TURN_DEADLINE,
         };
         let committed = self.0.deps.store.send_message(&message).await.map_err(refused)?;
-        Phase::Accept.observe(begun.elapsed());
+        // The rows' stamps begin what comes after; the commit is part of that.
+        if let Some(stamped) = committed.value.stamped {
+            Phase::Accept.observe(stamped.duration_since(begun), &tracing::Span::current());
+        }
         let sent = self.0.effects.after(committed);
         Ok(pb::SendMessageResponse { message: Some(sent.message), turn: Some(sent.turn), duplicate: sent.duplicate })
     }

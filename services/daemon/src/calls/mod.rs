@@ -114,6 +114,12 @@ impl Calls {
         Ok(())
     }
 
+    /// The trace in which the journal first heard of a call, for what comes again.
+    pub fn first_trace(&self, call: &str) -> TraceContext {
+        let entry = call.parse::<ToolCallId>().ok().and_then(|id| self.journal.get(id));
+        entry.map(|entry| TraceContext::from_traceparent(&entry.header.traceparent)).unwrap_or_default()
+    }
+
     /// Takes a dispatch up. The future is the answer; `None`: a daemon that stops says nothing of calls that it does not
     /// know, so that they are sent again to the one that comes after it.
     pub fn dispatch(

@@ -45,6 +45,7 @@ pub async fn run(calls: Arc<Calls>, begun: Begun, ticket: Ticket, started: onesh
     let generation = begun.dispatch.generation;
     let span = tracing::info_span!(
         names::span::TOOL_EXECUTE,
+        otel.name = format!("execute_tool {tool}"),
         gen_ai.operation.name = "execute_tool",
         gen_ai.tool.name = %tool,
         tool.call_id = %id,
@@ -53,17 +54,18 @@ pub async fn run(calls: Arc<Calls>, begun: Begun, ticket: Ticket, started: onesh
         turn.id = %begun.dispatch.turn_id,
         tool.status = tracing::field::Empty,
     );
-    begun.trace.set_parent(&span);
+    let received = begun.trace.clone();
+    received.set_parent(&span);
     let began = Instant::now();
     let outcome = execute(&calls, begun).instrument(span.clone()).await;
     let took = began.elapsed();
     let status = outcome.status.as_str_name().trim_start_matches("TOOL_CALL_STATUS_").to_ascii_lowercase();
     span.record("tool.status", status.as_str());
     metrics::TOOL_RUN.with_label_values(&[metrics::tool_label(&tool), status.as_str()]).observe(took.as_secs_f64());
-    // The context that the result carries is of a span that has ended.
-    let parent = TraceContext::of(&span);
     drop(span);
-    let trace = hop(&parent, tracing::info_span!(names::span::TOOL_RESULT, tool.call_id = %id));
+    // The context that the result carries is of a span that has ended.
+    let result_span = tracing::info_span!(names::span::TOOL_RESULT, otel.kind = "producer", tool.call_id = %id);
+    let trace = hop(&received, result_span);
     let result = result_of(id, &outcome, calls.journal.incarnation(), took.as_micros() as i64);
     finish(&calls, id, result, &trace).await;
     calls.hub.lengths(&output);
@@ -78,7 +80,8 @@ async fn execute(calls: &Calls, begun: Begun) -> Outcome {
     let Some(root) = calls.roots.get(&dispatch.root_id) else {
         return Outcome::failed(Code::Internal, "the root is gone");
     };
-    let current = TraceContext::current();
+    // What a command or a server is told of must not be a span that dies with this process.
+    let told = hop(&trace, tracing::info_span!(names::span::TOOL_SEND, otel.kind = "producer", tool.call_id = %id));
     let job = Job {
         call: id,
         timeout: Calls::timeout_of(&dispatch),
@@ -89,7 +92,7 @@ async fn execute(calls: &Calls, begun: Begun) -> Outcome {
         cancel,
         output,
         hub: calls.hub.clone(),
-        traceparent: if current.is_empty() { trace.traceparent } else { current.traceparent },
+        traceparent: told.traceparent,
         running_dir: calls.running_dir.clone(),
     };
     // A fault of one tool must not leave its call without an end.

@@ -130,7 +130,7 @@ async fn log_stderr(server: String, stderr: ChildStderr) {
         lines += 1;
         if lines <= STDERR_LINES_MAX {
             let text: String = String::from_utf8_lossy(&line).chars().filter(|c| !c.is_control()).collect();
-            tracing::info!(server = %server, stderr = %text, "an MCP server says");
+            tracing::debug!(server = %server, stderr = %text, "an MCP server says");
         }
         line.clear();
     }

@@ -311,10 +311,15 @@ async fn take_up(
         let calls = shared.calls.clone();
         let answer: futures::future::BoxFuture<'static, Option<Up>> = match asked {
             Down::Dispatch(dispatch) => {
-                let context = hop(
-                    &trace,
-                    tracing::info_span!(span::TUNNEL_RECEIVE, tunnel.frame = "dispatch", tool.call_id = %dispatch.call_id),
+                let received = tracing::info_span!(
+                    span::TUNNEL_RECEIVE,
+                    otel.kind = "consumer",
+                    tunnel.frame = "dispatch",
+                    tool.call_id = %dispatch.call_id,
                 );
+                // A dispatch that comes again stands beside the first one.
+                calls.first_trace(&dispatch.call_id).link(&received);
+                let context = hop(&trace, received);
                 let reply = calls.dispatch(dispatch, context);
                 Box::pin(async move { reply.await.map(Up::DispatchReply) })
             }

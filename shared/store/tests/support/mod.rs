@@ -110,7 +110,7 @@ impl World {
     }
 
     pub async fn claim(&self, turn: TurnId, iteration: i32) -> Attempt {
-        match self.store().claim_attempt(turn, iteration, self.worker).await.unwrap().value {
+        match self.store().claim_attempt(turn, iteration, self.worker, &Default::default()).await.unwrap().value {
             Claim::Claimed(attempt) => *attempt,
             other => panic!("the round could not be claimed: {other:?}"),
         }

@@ -7,6 +7,7 @@ mod bad_input;
 mod foreign;
 mod limits;
 mod mcp;
+mod observability;
 mod replicas;
 mod scripts;
 mod tools;

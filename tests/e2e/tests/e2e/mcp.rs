@@ -18,6 +18,12 @@ fn tool(name: &str) -> Result<PathBuf> {
     })
 }
 
+/// A root's files with one real server in it, `time`.
+pub fn time_server() -> Result<Vec<(&'static str, String)>> {
+    let server = json!({ "command": tool("venv/bin/mcp-server-time")?, "args": ["--local-timezone", "UTC"] });
+    Ok(vec![(".mcp.json", json!({ "mcpServers": { "time": server } }).to_string())])
+}
+
 async fn with_servers(servers: Value) -> Result<(Rig, Person, TestDaemon)> {
     // A call that hangs must not hold up the test for two minutes.
     let env = vec![("RELIANT_WORKER__TOOL_TIMEOUT".to_owned(), "4s".to_owned())];
@@ -28,7 +34,7 @@ async fn with_servers(servers: Value) -> Result<(Rig, Person, TestDaemon)> {
     Ok((rig, ada, daemon))
 }
 
-async fn offered(ada: &Person, prefix: &str) -> Result<Vec<String>> {
+pub async fn offered(ada: &Person, prefix: &str) -> Result<Vec<String>> {
     eventually(&format!("tools of {prefix}"), PATIENCE, || async {
         let daemons = ada.client.list_daemons(pb::ListDaemonsRequest { include_revoked: false }).await?.daemons;
         let names: Vec<String> = daemons

@@ -1,0 +1,91 @@
+//! The page and what it asks for. Everything comes from this process; nothing is loaded from elsewhere.
+
+use axum::{
+    Json, Router,
+    extract::{Path, Query, Request, State},
+    http::{HeaderName, HeaderValue, StatusCode, header},
+    middleware::{self, Next},
+    response::{IntoResponse, Response},
+    routing::get,
+};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    model::Log,
+    store::{Store, Summary},
+    tree::{self, Node},
+};
+
+const LIST_MAX: usize = 200;
+const HEADERS: &[(HeaderName, &str)] = &[
+    (
+        header::CONTENT_SECURITY_POLICY,
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    ),
+    (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+    (header::REFERRER_POLICY, "no-referrer"),
+    (header::CACHE_CONTROL, "no-store"),
+];
+
+pub(crate) fn router(store: Store) -> Router {
+    let file =
+        |kind: &'static str, text: &'static str| get(move || async move { ([(header::CONTENT_TYPE, kind)], text) });
+    Router::new()
+        .route("/", file("text/html; charset=utf-8", include_str!("../page/index.html")))
+        .route("/page.js", file("text/javascript; charset=utf-8", include_str!("../page/page.js")))
+        .route("/page.css", file("text/css; charset=utf-8", include_str!("../page/page.css")))
+        .route("/api/status", get(|State(store): State<Store>| async move { Json(store.status()) }))
+        .route("/api/traces", get(list))
+        .route("/api/traces/{id}", get(one))
+        .layer(middleware::from_fn(guarded))
+        .with_state(store)
+}
+
+/// Another site's page in this person's browser must not read traces by a name that it points at this machine.
+async fn guarded(request: Request, next: Next) -> Response {
+    let host = request.headers().get(header::HOST).and_then(|host| host.to_str().ok());
+    let host = host.or_else(|| request.uri().authority().map(|authority| authority.as_str())).unwrap_or_default();
+    let name = host.rsplit_once(':').map_or(host, |(name, _)| name);
+    let mut response = if matches!(name, "127.0.0.1" | "localhost" | "[::1]") {
+        next.run(request).await
+    } else {
+        (StatusCode::FORBIDDEN, "open this page by 127.0.0.1 or localhost").into_response()
+    };
+    for (name, value) in HEADERS {
+        response.headers_mut().insert(name.clone(), HeaderValue::from_static(value));
+    }
+    response
+}
+
+#[derive(Deserialize)]
+struct Asked {
+    /// The beginning of a trace id or of a chat id.
+    #[serde(default)]
+    search: String,
+    /// Traces without a turn, too.
+    #[serde(default)]
+    all: bool,
+}
+
+async fn list(State(store): State<Store>, Query(asked): Query<Asked>) -> Json<Vec<Summary>> {
+    Json(store.list(asked.search.trim(), !asked.all, LIST_MAX))
+}
+
+#[derive(Serialize)]
+struct Trace {
+    trace_id: String,
+    spans: Vec<Node>,
+    logs: Vec<Log>,
+    /// Seconds.
+    phases: Vec<(&'static str, f64)>,
+    text: String,
+}
+
+async fn one(State(store): State<Store>, Path(id): Path<String>) -> Response {
+    let Some(trace_id) = store.find(&id.to_ascii_lowercase()) else {
+        return (StatusCode::NOT_FOUND, "this trace is not here, or its beginning fits several").into_response();
+    };
+    let spans = store.spans(&trace_id);
+    let (phases, text) = (tree::phases(&spans), tree::text(&spans));
+    Json(Trace { spans: tree::nodes(&spans), logs: store.logs(&trace_id), phases, text, trace_id }).into_response()
+}

@@ -1,0 +1,153 @@
+//! Where a turn's time went between two commits of its model, from the rows' stamps alone: one clock, the database's.
+//!
+//! The parts add up to the whole, whatever is missing. Of calls that ran side by side the one that ended last counts.
+
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+
+type Time = DateTime<Utc>;
+
+/// The parts of the time before a model round.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Lead {
+    /// Until a worker looked at the chat, or the chat's turn before ended.
+    pub enqueue: Duration,
+    /// Until a worker began the round, where nothing else was waited for.
+    pub pickup: Duration,
+    /// Until a person decided.
+    pub approval_wait: Duration,
+    /// Until the tool began: waiting for the daemon, and the way there.
+    pub tool_route: Duration,
+    /// As the daemon measured it.
+    pub tool_run: Duration,
+    /// From the tool's end until its result was stored.
+    pub tool_return: Duration,
+}
+
+/// What is known when a round is claimed.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Stamps {
+    pub accepted: Time,
+    pub looked: Option<Time>,
+    /// The turn before had ended.
+    pub freed: Option<Time>,
+    /// Of the call that settled last: when the model had asked for it.
+    pub called: Option<Time>,
+    pub decided: Option<Time>,
+    pub dispatched: Option<Time>,
+    pub ran: Option<Time>,
+    pub settled: Option<Time>,
+    pub claimed: Time,
+}
+
+impl Lead {
+    pub(crate) fn of(stamps: &Stamps) -> Self {
+        let Stamps { accepted, looked, freed, called, decided, dispatched, ran, settled, claimed } = *stamps;
+        let mut walk = Walk { at: called.unwrap_or(accepted), end: claimed };
+        if called.is_none() {
+            let enqueue = walk.to(looked.max(freed));
+            return Self { enqueue, pickup: walk.to(Some(claimed)), ..Self::default() };
+        }
+        let approval_wait = walk.to(decided);
+        let waited = walk.to(if dispatched.is_some() { dispatched } else { settled });
+        let there_and_back = walk.to(settled);
+        let run = match (ran, settled) {
+            (Some(ran), Some(settled)) if dispatched.is_some() => between(ran, settled).min(there_and_back),
+            _ => Duration::ZERO,
+        };
+        // Each way has one hop over each link and one synced record in the journal.
+        let tool_return = (there_and_back - run) / 2;
+        Self {
+            enqueue: Duration::ZERO,
+            approval_wait,
+            tool_route: waited + (there_and_back - run - tool_return),
+            tool_run: run,
+            tool_return,
+            pickup: walk.to(Some(claimed)),
+        }
+    }
+}
+
+fn between(from: Time, to: Time) -> Duration {
+    to.signed_duration_since(from).to_std().unwrap_or_default()
+}
+
+/// Goes on in time only, and never past the end.
+struct Walk {
+    at: Time,
+    end: Time,
+}
+
+impl Walk {
+    fn to(&mut self, next: Option<Time>) -> Duration {
+        let next = next.unwrap_or(self.at).clamp(self.at.min(self.end), self.end);
+        let time = between(self.at, next);
+        self.at = self.at.max(next);
+        time
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn at(ms: i64) -> Time {
+        DateTime::from_timestamp_millis(1_700_000_000_000 + ms).expect("a time")
+    }
+
+    fn stamps() -> Stamps {
+        Stamps {
+            accepted: at(0),
+            looked: None,
+            freed: None,
+            called: None,
+            decided: None,
+            dispatched: None,
+            ran: None,
+            settled: None,
+            claimed: at(100),
+        }
+    }
+
+    const fn ms(ms: u64) -> Duration {
+        Duration::from_millis(ms)
+    }
+
+    #[test]
+    fn a_first_round_waits_for_the_wake_and_for_a_worker() {
+        let lead = Lead::of(&Stamps { looked: Some(at(30)), ..stamps() });
+        assert_eq!((lead.enqueue, lead.pickup), (ms(30), ms(70)));
+        let queued = Lead::of(&Stamps { looked: Some(at(30)), freed: Some(at(90)), ..stamps() });
+        assert_eq!((queued.enqueue, queued.pickup), (ms(90), ms(10)));
+    }
+
+    #[test]
+    fn a_later_round_waits_for_its_last_call() {
+        let called = Stamps {
+            called: Some(at(10)),
+            decided: Some(at(20)),
+            dispatched: Some(at(22)),
+            ran: Some(at(28)),
+            settled: Some(at(90)),
+            ..stamps()
+        };
+        let lead = Lead::of(&called);
+        assert_eq!((lead.approval_wait, lead.tool_run, lead.pickup), (ms(10), ms(62), ms(10)));
+        assert_eq!((lead.tool_route, lead.tool_return), (ms(5), ms(3)));
+        let denied = Lead::of(&Stamps { dispatched: None, ran: None, settled: Some(at(20)), ..called });
+        assert_eq!((denied.approval_wait, denied.tool_run, denied.pickup), (ms(10), ms(0), ms(80)));
+    }
+
+    proptest! {
+        #[test]
+        fn the_parts_add_up(all in proptest::array::uniform8(proptest::option::of(-50i64..200))) {
+            let [looked, freed, called, decided, dispatched, ran, settled, _] = all.map(|ms| ms.map(at));
+            let stamps = Stamps { looked, freed, called, decided, dispatched, ran, settled, ..stamps() };
+            let Lead { enqueue, pickup, approval_wait, tool_route, tool_run, tool_return } = Lead::of(&stamps);
+            let whole = between(called.unwrap_or(stamps.accepted), stamps.claimed);
+            prop_assert_eq!(enqueue + pickup + approval_wait + tool_route + tool_run + tool_return, whole);
+        }
+    }
+}

@@ -1,0 +1,80 @@
+//! Seen end to end: each turn is one trace without orphans, whoever dies; its phases add up; names are declared ones; bad
+//! input decides nothing. `SHOW_TRACES=1` prints each trace.
+
+mod bad_input;
+mod faults;
+mod turns;
+
+use anyhow::{Context as _, Result};
+use reliant_client::TurnReport;
+use reliant_harness::{Rig, RigOptions, Sink, sink};
+use reliant_observe::{Span, tree};
+use reliant_telemetry::names::{attr, span};
+use reliant_types::pb;
+
+pub async fn traced(options: RigOptions) -> Result<(Rig, &'static Sink)> {
+    let sink = sink()?;
+    Ok((Rig::start(RigOptions { traced: true, ..options }).await?, sink))
+}
+
+/// The whole trace of a turn, which must be well formed whatever happened.
+pub async fn checked(sink: &Sink, what: &str, turn: &pb::Turn) -> Result<Vec<Span>> {
+    let spans = well_formed(sink, what, &turn.trace_id).await?;
+    let roots: Vec<_> = spans.iter().filter(|span| span.parent_id.is_empty()).collect();
+    assert_eq!(roots.len(), 1, "{what}: one trace has one root\n{}", tree::text(&spans));
+    assert_eq!((roots[0].name.as_str(), roots[0].service.as_str()), (span::CLIENT_SEND, "reliant-client"), "{what}");
+    assert!(tree::orphans(&spans).is_empty(), "{what}: orphans\n{}", tree::text(&spans));
+    Ok(spans)
+}
+
+/// Names and attributes are of the list, and nothing came twice.
+pub async fn well_formed(sink: &Sink, what: &str, trace: &str) -> Result<Vec<Span>> {
+    let spans = sink.trace(trace).await.with_context(|| what.to_owned())?;
+    if std::env::var_os("SHOW_TRACES").is_some() {
+        eprintln!("--- {what}\n{}", tree::text(&spans));
+    }
+    for found in &spans {
+        assert!(span::is_declared(&found.name), "{what}: the span name '{}' is not declared", found.name);
+        for key in found.attributes.keys() {
+            assert!(attr::is_declared(key), "{what}: the attribute '{key}' of '{}' is not declared", found.name);
+        }
+    }
+    assert_eq!(sink.store().status().repeated, 0, "no span is exported twice");
+    Ok(spans)
+}
+
+/// Name, kind and role of a span.
+pub type Hop<'a> = (&'a str, &'a str, &'a str);
+
+/// Each of these is there, of this kind and role, and right below the one before it.
+#[track_caller]
+pub fn way<'a>(spans: &'a [Span], hops: &[Hop]) -> &'a Span {
+    let mut above: Vec<&Span> = Vec::new();
+    for (name, kind, service) in hops {
+        let service = format!("reliant-{service}");
+        let found = spans.iter().filter(|span| {
+            let fits = (span.name.as_str(), span.kind, span.service.as_str()) == (*name, *kind, service.as_str());
+            fits && (above.is_empty() || above.iter().any(|above| span.parent_id == above.span_id))
+        });
+        let found: Vec<_> = found.collect();
+        assert!(
+            !found.is_empty(),
+            "no {kind} span '{name}' of {service} below '{}'\n{}",
+            above.first().map_or("", |span| &span.name),
+            tree::text(spans)
+        );
+        above = found;
+    }
+    above[0]
+}
+
+/// Spans of this word, whatever value follows it in the name.
+pub fn named<'a>(spans: &'a [Span], word: &str) -> Vec<&'a Span> {
+    spans.iter().filter(|span| span.name.split(' ').next() == Some(word)).collect()
+}
+
+#[track_caller]
+pub fn succeeded(what: &str, report: &TurnReport) {
+    assert!(report.succeeded(), "{what}: {:?}", report.turn);
+    assert!(report.verification.is_clean(), "{what}: {:?}", report.verification);
+}
