@@ -47,6 +47,10 @@ pub enum Command {
     Doctor(FrontDoor),
     /// Print the effective configuration as TOML, secrets redacted.
     Config,
+    /// Print where a turn's time went: its trace as a tree, as seen by `reliant up --observe`.
+    Trace(TraceArgs),
+    /// Take traces over OTLP on this machine, keep the newest in memory, and show them as a page.
+    Observe(ObserveArgs),
     /// A deterministic model server on the OpenAI and Anthropic wire formats, for tests and first steps.
     ModelSim(ModelSimArgs),
     /// Start a mesh in a scratch directory, let an agent work in it, print what happened; fails if anything is off.
@@ -87,6 +91,29 @@ pub struct UpArgs {
     /// Where temporal-server and nats-server were installed [default: found by `make tools`].
     #[arg(long, env = "RELIANT_TOOLS_DIR", value_name = "DIR")]
     pub tools_dir: Option<PathBuf>,
+    /// Take all traces, and show them as a page: where each turn's time went.
+    #[arg(long)]
+    pub observe: bool,
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct TraceArgs {
+    /// A trace id, a chat id, or the beginning of one [default: the newest turn].
+    #[arg(value_name = "ID")]
+    pub id: Option<String>,
+    /// The receiver's address [default: that of `reliant up --observe`].
+    #[arg(long, env = "RELIANT_OBSERVE_URL", value_name = "URL")]
+    pub url: Option<String>,
+    /// Data directory of `reliant up` [default: ~/.local/share/reliant].
+    #[arg(long, env = "RELIANT_DATA_DIR", value_name = "DIR")]
+    pub data_dir: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct ObserveArgs {
+    /// One address of this machine for OTLP and for the page.
+    #[arg(long, default_value = "127.0.0.1:7446")]
+    pub listen: std::net::SocketAddr,
 }
 
 /// Which api to talk to, and as whom. Without flags: the mesh that `reliant up` started here.

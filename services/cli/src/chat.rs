@@ -21,6 +21,13 @@ use crate::{
 type Input = Lines<BufReader<Stdin>>;
 
 pub async fn run(args: ChatArgs) -> Result<()> {
+    let guard = front::telemetry(&args.front)?;
+    let outcome = Box::pin(talk(args)).await;
+    guard.shutdown();
+    outcome
+}
+
+async fn talk(args: ChatArgs) -> Result<()> {
     let client = front::connect(&args.front).await?;
     if args.models {
         return models(&client).await;

@@ -36,6 +36,7 @@ pub async fn run(args: DemoArgs) -> Result<()> {
         root: project.clone(),
         trust_mcp: true,
         usual_ports: false,
+        observe: false,
         config: None,
     };
     let up = up::start(plan).await?;

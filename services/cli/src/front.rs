@@ -2,12 +2,16 @@
 
 use anyhow::{Context as _, Result};
 use reliant_client::{Client, ClientConfig};
+use reliant_telemetry::{Guard, TelemetryConfig};
 use reliant_types::pb;
 
 use crate::{
     args::FrontDoor,
     up::{Running, data_dir},
 };
+
+/// The same as for the roles.
+const OTLP_VARIABLE: &str = "RELIANT_TELEMETRY__OTLP_ENDPOINT";
 
 /// Address and token.
 pub fn locate(front: &FrontDoor) -> Result<(String, String)> {
@@ -18,6 +22,18 @@ pub fn locate(front: &FrontDoor) -> Result<(String, String)> {
     let token = front.token.clone().or(own);
     let token = token.with_context(|| format!("no token for {api}; give --token or set RELIANT_TOKEN"))?;
     Ok((api, token))
+}
+
+/// A terminal's part of its turns' traces, where somebody takes them. It logs nothing: the terminal is for the chat.
+pub fn telemetry(front: &FrontDoor) -> Result<Guard> {
+    let given = std::env::var(OTLP_VARIABLE).ok().filter(|url| !url.is_empty());
+    let config = TelemetryConfig {
+        log: "off".into(),
+        otlp_endpoint: given.or_else(|| crate::trace::running_receiver(&front.data_dir)),
+        service_name: "reliant-client".into(),
+        ..TelemetryConfig::default()
+    };
+    reliant_telemetry::init(&config).context("telemetry could not be started")
 }
 
 pub async fn connect(front: &FrontDoor) -> Result<Client> {

@@ -11,6 +11,7 @@ mod render;
 mod server;
 mod sim;
 mod token;
+mod trace;
 mod up;
 
 use std::process::ExitCode;
@@ -58,6 +59,8 @@ async fn run(cli: Cli) -> Result<()> {
         Command::Doctor(front) => doctor::run(global, front).await,
         Command::ModelSim(args) => sim::run(global, args).await,
         Command::Demo(args) => demo::run(args).await,
+        Command::Trace(args) => trace::show(args).await,
+        Command::Observe(args) => trace::receive(args).await,
         Command::Migrate => {
             let config = config::Config::load(&global)?;
             let store = server::connect_store(&config).await?;

@@ -2,6 +2,7 @@
 
 use std::{
     io::Write as _,
+    net::SocketAddr,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -9,6 +10,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use reliant_devstack::{DaemonSpec, Mesh, MeshSpec, Placement, RoleProcess, Server, Stack, StackConfig, StackError};
 use reliant_middleware::Jwt;
+use reliant_observe::{Observe, ObserveConfig};
 use reliant_runtime::Drain;
 use reliant_store::{Store, StoreConfig};
 use serde::{Deserialize, Serialize};
@@ -21,6 +23,9 @@ pub struct Running {
     pub api_url: String,
     pub token: String,
     pub gateway_url: String,
+    /// The page with traces, which is also where they are sent.
+    #[serde(default)]
+    pub observe_url: Option<String>,
 }
 
 const RUNNING_FILE: &str = "up.json";
@@ -58,6 +63,8 @@ pub struct Up {
     pub store: Store,
     pub running: Running,
     pub login_url: String,
+    /// Ends last: it sees how the others ended.
+    _observe: Option<Observe>,
 }
 
 /// What differs between `up` and `demo`.
@@ -67,6 +74,7 @@ pub struct Plan {
     pub root: PathBuf,
     pub trust_mcp: bool,
     pub usual_ports: bool,
+    pub observe: bool,
     pub config: Option<PathBuf>,
 }
 
@@ -94,6 +102,7 @@ pub async fn run(global: Global, args: UpArgs) -> Result<()> {
         root,
         trust_mcp: args.trust_mcp,
         usual_ports: true,
+        observe: args.observe,
         config: global.config,
     };
     let up = tokio::select! {
@@ -145,6 +154,11 @@ pub async fn start(plan: Plan) -> Result<Up> {
             .with_context(|| format!("the configuration file {} cannot be read", path.display()))?,
         None => String::new(),
     };
+    let observe = if plan.observe { Some(observe(plan.usual_ports).await?) } else { None };
+    let mut env = Vec::new();
+    if let Some(observe) = &observe {
+        env.push(("RELIANT_TELEMETRY__OTLP_ENDPOINT".to_owned(), observe.url()));
+    }
     let spec = MeshSpec {
         binary: std::env::current_exe().context("this program's own file cannot be found")?,
         dir: plan.data_dir.clone(),
@@ -157,7 +171,7 @@ pub async fn start(plan: Plan) -> Result<Up> {
         gateways: 1,
         usual_ports: plan.usual_ports,
         extra_config,
-        env: Vec::new(),
+        env,
         role_env: Vec::new(),
     };
     let mesh = progress("roles: api, worker, gateway", Mesh::start(spec, &stack)).await?;
@@ -169,7 +183,8 @@ pub async fn start(plan: Plan) -> Result<Up> {
     let key = std::fs::read_to_string(&key_file).with_context(|| format!("{} cannot be read", key_file.display()))?;
     let (token, _) = Jwt::from_pem(&key)?.sign(LOCAL_SUBJECT, TOKEN_TTL)?;
     let code = store.create_login_code(user, LOGIN_CODE_TTL).await?;
-    let running = Running { api_url: mesh.api_url(0), token, gateway_url: mesh.gateway_url(0) };
+    let observe_url = observe.as_ref().map(Observe::url);
+    let running = Running { api_url: mesh.api_url(0), token, gateway_url: mesh.gateway_url(0), observe_url };
     write_private(&plan.data_dir.join(RUNNING_FILE), &serde_json::to_vec(&running)?)?;
 
     let (_, secret) = store.register_daemon(user, &hostname(), true).await?;
@@ -205,7 +220,17 @@ pub async fn start(plan: Plan) -> Result<Up> {
     .await?;
     stack.announce(&running.api_url)?;
     let login_url = format!("{}/#code={code}", running.api_url);
-    Ok(Up { stack, mesh, daemon, store, running, login_url })
+    Ok(Up { stack, mesh, daemon, store, running, login_url, _observe: observe })
+}
+
+/// On the usual port where it is free, else on any.
+async fn observe(usual_port: bool) -> Result<Observe> {
+    let usual = ObserveConfig::default();
+    let any = ObserveConfig { listen: SocketAddr::from(([127, 0, 0, 1], 0)), ..ObserveConfig::default() };
+    if usual_port && let Ok(observe) = Observe::start(usual).await {
+        return Ok(observe);
+    }
+    Ok(Observe::start(any).await?)
 }
 
 fn announce(up: &Up, took: Duration) {
@@ -216,6 +241,9 @@ fn announce(up: &Up, took: Duration) {
     say("  terminal   reliant chat");
     say(&format!("  api        {}", up.running.api_url));
     say(&format!("  gateway    {}", up.running.gateway_url));
+    if let Some(url) = &up.running.observe_url {
+        say(&format!("  traces     {url} (and `reliant trace` for the newest turn)"));
+    }
     say(&format!("  logs       {}", up.stack.data_dir().join("logs").display()));
     let key = ["OPENAI_API_KEY", "ANTHROPIC_API_KEY"].iter().find(|name| std::env::var_os(name).is_some());
     say(&match key {
