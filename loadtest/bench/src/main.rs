@@ -5,6 +5,7 @@ mod daemons;
 mod floors;
 mod report;
 mod streams;
+mod tracing_cost;
 mod turns;
 
 use std::{path::PathBuf, time::Instant};
@@ -33,7 +34,7 @@ async fn main() -> Result<()> {
     let daemon = rig.daemon(&ada, "bench", daemon).await?;
     let mut bench = Bench { rig, ada, daemon };
     let mut report = Report::new();
-    report.say("OTLP export was off; logs at level warn; zero model think time; everything on this machine");
+    report.say("OTLP export was off but for the cost of tracing; logs at level warn; zero model think time; everything on this machine");
     if wanted("floors") {
         floors::run(&bench, &mut report).await.context("floors")?;
     }
@@ -48,6 +49,10 @@ async fn main() -> Result<()> {
     }
     if wanted("memory") {
         daemons::memory(&bench, &mut report).await.context("gateway memory")?;
+    }
+    // Last: from here on this process's own spans are exported, too.
+    if wanted("tracing") {
+        tracing_cost::run(&mut report).await.context("cost of tracing")?;
     }
     report.goals();
     report.say(&format!("took {:.0} s", started.elapsed().as_secs_f64()));

@@ -20,7 +20,7 @@ use crate::{
 };
 
 pub const PLAIN: &str = "sim/text?tokens=20";
-const TOOL: &str = "sim/tool?tool=noop&args=%7B%7D";
+pub const TOOL: &str = "sim/tool?tool=noop&args=%7B%7D";
 const WARM_UP: usize = 10;
 const ONE_BY_ONE: usize = 100;
 const CHATS: usize = 32;
@@ -41,13 +41,13 @@ pub async fn run(bench: &Bench, report: &mut Report) -> Result<()> {
     report.set("tool_turn_ms_p95", tool.at(0.95));
 
     let before = cpu(&bench.rig).await?;
-    let (turns, rate) = at_once(bench, PLAIN).await?;
+    let (turns, rate) = at_once(bench, PLAIN, RATE_TIME).await?;
     report.set("turns_per_s_32", rate);
     for ((role, before), (_, after)) in before.into_iter().zip(cpu(&bench.rig).await?) {
         report.set(&format!("cpu_ms_per_turn_{role}"), (after - before) / turns as f64);
     }
     let before = cpu(&bench.rig).await?;
-    let (turns, rate) = at_once(bench, TOOL).await?;
+    let (turns, rate) = at_once(bench, TOOL, RATE_TIME).await?;
     report.set("tool_turns_per_s_32", rate);
     for ((role, before), (_, after)) in before.into_iter().zip(cpu(&bench.rig).await?) {
         report.set(&format!("cpu_ms_per_tool_turn_{role}"), (after - before) / turns as f64);
@@ -75,7 +75,7 @@ async fn one_by_one(bench: &Bench, model: &str) -> Result<Vec<TurnReport>> {
 }
 
 /// Turns done, and turns per second.
-async fn at_once(bench: &Bench, model: &str) -> Result<(usize, f64)> {
+pub async fn at_once(bench: &Bench, model: &str, time: Duration) -> Result<(usize, f64)> {
     let mut sessions = Vec::with_capacity(CHATS);
     for _ in 0..CHATS {
         sessions.push(session(bench, model).await?);
@@ -85,7 +85,7 @@ async fn at_once(bench: &Bench, model: &str) -> Result<(usize, f64)> {
     let work = sessions.into_iter().map(|mut session| {
         let done = done.clone();
         tokio::spawn(async move {
-            while begun.elapsed() < RATE_TIME {
+            while begun.elapsed() < time {
                 let report = session.send_and_wait("go", PATIENCE).await?;
                 ensure!(report.succeeded(), "a turn failed: {:?}", report.turn);
                 ensure!(report.verification.is_clean(), "the stream broke its promise: {:?}", report.verification);
