@@ -15,10 +15,10 @@ BIN := $(CARGO_TARGET_DIR)/debug
 WEB := services/web
 BROWSER := tests/browser
 
-.PHONY: help up demo test test-fresh chaos bench lint fmt web web-test proto tools test-tools doctor deny sqlx build clean need-cargo need-npm
+.PHONY: help up demo test test-observability test-fresh chaos bench lint fmt web web-test proto tools test-tools doctor deny sqlx build clean need-cargo need-npm
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 up: ## Install what is missing, build, start everything here, print where to go (Ctrl-C stops it; ARGS="--reset" starts anew)
 	@$(MAKE) -j2 tools build
@@ -38,6 +38,10 @@ test-fresh: ## `make demo` and `make up` as on a machine with nothing, Postgres 
 
 chaos: build tools ## Kill, cut, pause and slow everything for half an hour; nothing may be lost (ARGS="--seed 7"); JSON to $CHAOS_OUT
 	@exec $(BIN)/reliant-chaos $(ARGS)
+
+test-observability: ## Traces, phases, logs and metrics of a real mesh, with many kills; prints each trace (part of `make test`, with few)
+	@$(MAKE) -j2 test-tools build
+	@SHOW_TRACES=1 RELIANT_TEST_KILLS=40 $(BIN)/xtask test --test e2e observability -- --nocapture --test-threads=2
 
 bench: web tools ## Measure it, in release (9 minutes to build); JSON to $BENCH_OUT
 	@echo "building in release; from nothing this takes about 9 minutes on two cores"
