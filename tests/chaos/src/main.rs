@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use anyhow::{Context as _, Result, bail};
 use reliant_chaos::{Campaign, say};
 
-const USAGE: &str = "reliant-chaos [--short] [--seed N] [--cells N] [--takeovers N] [--lanes N] [--only TEXT] [--keep]";
+const USAGE: &str = "reliant-chaos [--short] [--seed N] [--cells N] [--takeovers N] [--lanes N] [--neighbours N] [--chats N] \
+                     [--workers N] [--minutes N] [--only TEXT] [--keep]";
 
 #[tokio::main]
 async fn main() -> Result<()> {
@@ -19,17 +20,9 @@ async fn main() -> Result<()> {
             "--short" => short = true,
             "--keep" => changes.push(Box::new(|campaign| campaign.keep = true)),
             "--seed" => seed = Some(value()?.parse().context("a seed is a number")?),
-            "--cells" => {
-                let cells = value()?.parse()?;
-                changes.push(Box::new(move |campaign| campaign.cells = cells));
-            }
-            "--takeovers" => {
-                let takeovers = value()?.parse()?;
-                changes.push(Box::new(move |campaign| campaign.takeovers = takeovers));
-            }
-            "--lanes" => {
-                let lanes = value()?.parse()?;
-                changes.push(Box::new(move |campaign| campaign.cast.stages = lanes));
+            "--cells" | "--takeovers" | "--lanes" | "--neighbours" | "--chats" | "--workers" | "--minutes" => {
+                let (name, number) = (arg.clone(), value()?.parse()?);
+                changes.push(Box::new(move |campaign| set(campaign, &name, number)));
             }
             "--only" => {
                 let only = value()?;
@@ -54,6 +47,18 @@ async fn main() -> Result<()> {
         bail!("{} findings; seed {seed}", verdict.len());
     }
     Ok(())
+}
+
+fn set(campaign: &mut Campaign, name: &str, number: usize) {
+    match name {
+        "--cells" => campaign.cells = number,
+        "--takeovers" => campaign.takeovers = number,
+        "--lanes" => campaign.cast.stages = number,
+        "--neighbours" => campaign.cast.neighbours = number,
+        "--chats" => campaign.cast.chats = number,
+        "--workers" => campaign.cast.workers = number,
+        _ => campaign.limit = std::time::Duration::from_secs(number as u64 * 60),
+    }
 }
 
 fn now() -> u64 {

@@ -73,7 +73,6 @@ impl Stage {
 
     /// Begins what leads to `step` and waits until it is there. None: it passed too quickly; try again.
     pub async fn bring(&self, step: Step, process: Process, chance: &mut Chance) -> Result<Option<Scene<'_>>> {
-        let deadline = Instant::now() + STEP_PATIENCE;
         let seat = if step == Step::Approval { &self.ask } else { &self.auto };
         let mut scene = Scene {
             stage: self,
@@ -93,6 +92,20 @@ impl Stage {
             sending: None,
             waiting: None,
         };
+        match self.lead(&mut scene, process, chance).await {
+            Ok(true) => Ok(Some(scene)),
+            Ok(false) => Ok(scene.give_up().await),
+            // What was begun must end all the same: the next scene is in the same chat.
+            Err(error) => {
+                scene.give_up().await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn lead(&self, scene: &mut Scene<'_>, process: Process, chance: &mut Chance) -> Result<bool> {
+        let deadline = Instant::now() + STEP_PATIENCE;
+        let (seat, step) = (scene.seat, scene.step);
         let plain = |key: &str| vec![round(12, 60.0, vec![call(key, 0.05)]), last(key)];
         match step {
             Step::Accepted => {
@@ -145,7 +158,7 @@ impl Stage {
                         break;
                     }
                     if scene.look.ended || Instant::now() > deadline {
-                        return Ok(scene.give_up().await);
+                        return Ok(false);
                     }
                     sleep(LOOK_EVERY).await;
                 }
@@ -154,10 +167,10 @@ impl Stage {
         }
         loop {
             if scene.check().await? {
-                return Ok(Some(scene));
+                return Ok(true);
             }
             if scene.look.ended || Instant::now() > deadline {
-                return Ok(scene.give_up().await);
+                return Ok(false);
             }
             sleep(LOOK_EVERY).await;
         }
@@ -229,7 +242,7 @@ impl Scene<'_> {
 
     async fn give_up(mut self) -> Option<Self> {
         self.let_go().await;
-        let _ = self.finish(Instant::now() + STEP_PATIENCE).await;
+        let _ = self.finish(Instant::now() + STEP_PATIENCE * 4).await;
         None
     }
 

@@ -13,7 +13,7 @@ use sqlx::{
 use uuid::Uuid;
 
 /// A look that takes longer tells of another moment than the one asked about.
-const LOOK_PATIENCE: Duration = Duration::from_secs(2);
+const LOOK_PATIENCE: Duration = Duration::from_secs(5);
 
 #[derive(Clone, Debug)]
 pub struct Observer {
