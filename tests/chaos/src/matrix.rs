@@ -84,7 +84,8 @@ impl fmt::Display for Cell {
     }
 }
 
-/// Each process × fault and each process × step at least once, the rest sampled; in an order of the seed.
+/// Each process × fault and each process × step at least once, the rest sampled; in an order of the seed. A plan that is
+/// too short for that has no long pauses.
 pub fn plan(seed: u64, count: usize) -> Vec<Cell> {
     let mut chance = Chance::new(seed, 1);
     let mut cells = Vec::new();
@@ -99,6 +100,7 @@ pub fn plan(seed: u64, count: usize) -> Vec<Cell> {
     }
     chance.shuffle(&mut cells);
     if cells.len() > count {
+        cells.retain(|cell| cell.kind != Kind::LongPause);
         cells.truncate(count);
     }
     while cells.len() < count {
