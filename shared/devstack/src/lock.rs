@@ -28,7 +28,7 @@ struct Info {
 #[derive(Debug)]
 pub struct DataDirLock {
     dir: PathBuf,
-    _file: File,
+    file: File,
 }
 
 impl DataDirLock {
@@ -55,7 +55,7 @@ impl DataDirLock {
                 info: info.and_then(|info| info.info),
             });
         }
-        let lock = Self { dir: dir.to_owned(), _file: file };
+        let lock = Self { dir: dir.to_owned(), file };
         lock.write(None)?;
         Ok(lock)
     }
@@ -76,6 +76,8 @@ impl Drop for DataDirLock {
     fn drop(&mut self) {
         // Best effort: an information file without the lock says nothing.
         let _ = fs::remove_file(self.dir.join(INFO_FILE));
+        // A child that another thread is just starting holds the file too, until it runs its own program.
+        let _ = flock(&self.file, FlockOperation::Unlock);
     }
 }
 

@@ -106,7 +106,8 @@ impl Store {
                 })
             })
             // The pool asks for a sign of life itself when it gets a connection back, but waits for it without end, and
-            // the connection's place in the pool with it.
+            // the connection's place in the pool with it. One that goes silent just between the two costs its place
+            // until the kernel gives it up.
             .after_release(|connection, _| {
                 Box::pin(async move {
                     ping(connection).await?;
