@@ -8,11 +8,14 @@ use reliant_chaos::{Campaign, say};
 const USAGE: &str = "reliant-chaos [--short] [--seed N] [--cells N] [--takeovers N] [--lanes N] [--neighbours N] [--chats N] \
                      [--workers N] [--minutes N] [--only TEXT] [--keep]";
 
+/// What one flag does to the campaign.
+type Change = Box<dyn FnOnce(&mut Campaign)>;
+
 #[tokio::main]
 async fn main() -> Result<ExitCode> {
     let mut seed = None;
     let mut short = false;
-    let mut changes: Vec<Box<dyn FnOnce(&mut Campaign)>> = Vec::new();
+    let mut changes: Vec<Change> = Vec::new();
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
         let mut value = || args.next().with_context(|| format!("{arg} needs a value; {USAGE}"));
