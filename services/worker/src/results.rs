@@ -62,10 +62,8 @@ async fn commit(engine: &Arc<Engine>, received: Received<ResultSubject>) {
     let settled = engine.rounds.settle(call);
     let applied = committed.value == pb::AckOutcome::Committed;
     metrics::TOOL_RESULTS.with_label_values(&[if applied { "committed" } else { "discarded" }]).inc();
-    if applied {
-        if let Some(round_trip) = settled.round_trip {
-            metrics::TOOL_ROUND_TRIP.observe(round_trip.as_secs_f64());
-        }
+    if applied && let Some(round_trip) = settled.round_trip {
+        metrics::TOOL_ROUND_TRIP.observe(round_trip.as_secs_f64());
     }
     // The sender of the call waits for it here and asks Postgres itself: a wake would only cost.
     engine.tell_with(committed, !settled.awaited);

@@ -116,8 +116,8 @@ mod tests {
         let frames = 2 * MESSAGE_TOOL_CALLS_MAX * 128;
         // One entry of a page may be as large as a message; a call has its arguments and its result.
         assert!(message + frames + FRAME < GRPC_MESSAGE_MAX_BYTES);
-        assert!(MODEL_TEXT_MAX_BYTES + TOOL_RESULT_MAX_BYTES + FRAME < GRPC_MESSAGE_MAX_BYTES);
-        assert!(PAGE_MAX_BYTES + 500 * FRAME < GRPC_MESSAGE_MAX_BYTES);
+        const { assert!(MODEL_TEXT_MAX_BYTES + TOOL_RESULT_MAX_BYTES + FRAME < GRPC_MESSAGE_MAX_BYTES) };
+        const { assert!(PAGE_MAX_BYTES + 500 * FRAME < GRPC_MESSAGE_MAX_BYTES) };
         // The newest message, the arguments that run, the same in approvals, and what is shortened.
         let snapshot = message.max(SNAPSHOT_MESSAGES_MAX_BYTES)
             + 2 * TOOL_INPUT_MAX_BYTES
@@ -126,7 +126,7 @@ mod tests {
         let rows = SNAPSHOT_CALLS_MAX as usize + MESSAGE_TOOL_CALLS_MAX + SNAPSHOT_MESSAGES_MAX as usize;
         let turns = CHAT_QUEUED_TURNS_MAX as usize + 1;
         assert!(snapshot + (rows + turns) * FRAME + frames < GRPC_MESSAGE_MAX_BYTES);
-        assert!(TOOL_INPUT_MAX_BYTES + FRAME < NATS_PAYLOAD_MAX_BYTES);
-        assert!(ROUND_RESULTS_MAX_BYTES / MESSAGE_TOOL_CALLS_MAX >= 8 * 1024, "a share is worth reading");
+        const { assert!(TOOL_INPUT_MAX_BYTES + FRAME < NATS_PAYLOAD_MAX_BYTES) };
+        const { assert!(ROUND_RESULTS_MAX_BYTES / MESSAGE_TOOL_CALLS_MAX >= 8 * 1024, "a share is worth reading") };
     }
 }
