@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -26,6 +27,7 @@ def main():
     try:
         run(base)
     finally:
+        Up.end_all()
         shutil.rmtree(base, ignore_errors=True)
 
 
@@ -102,13 +104,25 @@ def environment(home):
 
 
 class Up:
-    """`make up`, running."""
+    """`make up`, running; cut off when it takes too long, and never left behind."""
+
+    started = []
+
+    @classmethod
+    def end_all(cls):
+        for up in cls.started:
+            up.watchdog.cancel()
+            if up.process.poll() is None:
+                os.killpg(up.process.pid, signal.SIGKILL)
 
     def __init__(self, clone, env):
         self.process = subprocess.Popen(
             ["make", "up"], cwd=clone, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True, start_new_session=True,
         )
+        self.watchdog = threading.Timer(PATIENCE_S, os.killpg, (self.process.pid, signal.SIGKILL))
+        self.watchdog.start()
+        Up.started.append(self)
 
     def wait_for(self, pattern, what):
         for line in self.process.stdout:

@@ -142,7 +142,7 @@ pub async fn start(plan: Plan) -> Result<Up> {
         }
     }
     let names: Vec<_> = config.private().map(Server::name).collect();
-    let what = if names.is_empty() { "no servers".to_owned() } else { format!("servers: {}", names.join(", ")) };
+    let what = if names.is_empty() { "with your servers".to_owned() } else { format!("servers: {}", names.join(", ")) };
     let stack = progress(&what, Stack::start(config)).await?;
 
     let key_file = plan.data_dir.join("jwt.pem");
