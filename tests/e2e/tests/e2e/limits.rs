@@ -6,27 +6,7 @@ use reliant_harness::{DaemonOptions, Rig, RigOptions, eventually};
 use reliant_types::{limits, pb};
 use serde_json::json;
 
-use crate::scripts::{MODEL, PATIENCE, one_call, only_call, script, session};
-
-/// A server in Python with so many tools that no model of OpenAI's format takes those of two.
-const MANY_TOOLS: &str = r#"
-import json, sys
-for line in sys.stdin:
-    message = json.loads(line)
-    method, number = message.get("method"), message.get("id")
-    if method == "initialize":
-        result = {"protocolVersion": message["params"]["protocolVersion"], "capabilities": {"tools": {}},
-                  "serverInfo": {"name": "many", "version": "1"}}
-    elif method == "tools/list":
-        result = {"tools": [{"name": "t%03d" % n, "description": "x", "inputSchema": {"type": "object"}} for n in range(100)]}
-    elif method == "tools/call":
-        result = {"content": [{"type": "text", "text": "ran " + message["params"]["name"]}]}
-    elif number is not None:
-        result = {}
-    else:
-        continue
-    print(json.dumps({"jsonrpc": "2.0", "id": number, "result": result}), flush=True)
-"#;
+use crate::scripts::{MODEL, PATIENCE, one_call, only_call, script, server_of_tools, session};
 
 fn notices(messages: &[pb::Message]) -> Vec<String> {
     let notices = messages.iter().filter(|message| message.role() == pb::Role::Notice);
@@ -37,7 +17,8 @@ fn notices(messages: &[pb::Message]) -> Vec<String> {
 async fn a_model_gets_as_many_tools_as_it_takes_and_the_chat_is_told_once() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let script = dir.path().join("many.py");
-    std::fs::write(&script, MANY_TOOLS)?;
+    // So many tools that no model of OpenAI's format takes those of two.
+    std::fs::write(&script, server_of_tools(100, "t%03d"))?;
     let rig = Rig::start(RigOptions::default()).await?;
     let ada = rig.person("ada").await?;
     let server = json!({ "command": "python3", "args": [script] });

@@ -31,3 +31,26 @@ pub fn only_call(report: &TurnReport) -> &pb::ToolCall {
     assert_eq!(report.tool_calls.len(), 1, "{report:#?}");
     &report.tool_calls[0]
 }
+
+/// An MCP server in Python that offers so many tools, named by a Python format of their number; each says that it ran.
+pub fn server_of_tools(count: usize, name: &str) -> String {
+    const SERVER: &str = r#"
+import json, sys
+for line in sys.stdin:
+    message = json.loads(line)
+    method, number = message.get("method"), message.get("id")
+    if method == "initialize":
+        result = {"protocolVersion": message["params"]["protocolVersion"], "capabilities": {"tools": {}},
+                  "serverInfo": {"name": "many", "version": "1"}}
+    elif method == "tools/list":
+        result = {"tools": [{"name": NAME % n, "description": "x", "inputSchema": {"type": "object"}} for n in range(COUNT)]}
+    elif method == "tools/call":
+        result = {"content": [{"type": "text", "text": "ran " + message["params"]["name"]}]}
+    elif number is not None:
+        result = {}
+    else:
+        continue
+    print(json.dumps({"jsonrpc": "2.0", "id": number, "result": result}), flush=True)
+"#;
+    format!("COUNT, NAME = {count}, {name:?}\n{SERVER}")
+}

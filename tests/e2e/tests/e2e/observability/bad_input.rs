@@ -13,7 +13,7 @@ use tokio::{io::AsyncWriteExt, net::TcpListener};
 use super::{named, succeeded, traced, well_formed};
 use crate::{
     mcp,
-    scripts::{MODEL, PATIENCE, script, session},
+    scripts::{MODEL, PATIENCE, script, server_of_tools, session},
 };
 
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
@@ -144,33 +144,12 @@ async fn a_collector_that_is_away_slow_or_broken_costs_counted_spans_and_nothing
     Ok(())
 }
 
-/// An MCP server with ten thousand tools.
-const MANY_TOOLS: &str = r#"
-import json, sys
-for line in sys.stdin:
-    message = json.loads(line)
-    method, number = message.get("method"), message.get("id")
-    if method == "initialize":
-        result = {"protocolVersion": message["params"]["protocolVersion"], "capabilities": {"tools": {}},
-                  "serverInfo": {"name": "many", "version": "1"}}
-    elif method == "tools/list":
-        result = {"tools": [{"name": f"tool_{n}", "inputSchema": {"type": "object"}} for n in range(10000)]}
-    elif method == "tools/call":
-        result = {"content": [{"type": "text", "text": "fine"}]}
-    elif number is not None:
-        result = {}
-    else:
-        continue
-    sys.stdout.write(json.dumps({"jsonrpc": "2.0", "id": number, "result": result}) + "\n")
-    sys.stdout.flush()
-"#;
-
 #[tokio::test(flavor = "multi_thread")]
 async fn ten_thousand_tools_make_no_label_and_no_id_is_one() -> Result<()> {
     let (rig, sink) = traced(RigOptions::default()).await?;
     let ada = rig.person("ada").await?;
     let server = rig.dir().join("many.py");
-    std::fs::write(&server, MANY_TOOLS)?;
+    std::fs::write(&server, server_of_tools(10_000, "tool_%d"))?;
     let servers = json!({ "mcpServers": { "many": { "command": "python3", "args": [server] } } });
     let files = vec![(".mcp.json", servers.to_string())];
     let daemon = rig.daemon(&ada, "laptop", DaemonOptions { files, trust_mcp: true, ..Default::default() }).await?;
