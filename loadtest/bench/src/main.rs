@@ -3,6 +3,7 @@
 
 mod daemons;
 mod floors;
+mod long_chat;
 mod report;
 mod streams;
 mod tracing_cost;
@@ -49,6 +50,9 @@ async fn main() -> Result<()> {
     }
     if wanted("memory") {
         daemons::memory(&bench, &mut report).await.context("gateway memory")?;
+    }
+    if wanted("long") {
+        long_chat::run(&bench, &mut report).await.context("long chat")?;
     }
     // Last: from here on this process's own spans are exported, too.
     if wanted("tracing") {

@@ -85,6 +85,8 @@ impl Report {
             below("tool round trip, us", trip, 3000.0),
             below("a piece of text to the client p50, ms", self.get("chunk_ms_p50"), 3.0),
             below("a piece at 200/s p50, ms", self.get("chunk_200_ms_p50"), 3.0),
+            below("a turn of a chat of 2,000 over one of a new chat", self.get("turn_at_2000_over_new"), 1.5),
+            below("warnings of Temporal about a history's size", self.get("temporal_history_warnings"), 1.0),
             below("CPU for tracing every turn, %", self.get("tracing_cost_percent_100"), 10.0),
             below("CPU for tracing one turn in ten, %", self.get("tracing_cost_percent_10"), 5.0),
             below("gateway memory per daemon, KiB", self.get("gateway_kib_per_daemon"), 64.0),

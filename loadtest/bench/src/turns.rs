@@ -25,7 +25,7 @@ const WARM_UP: usize = 10;
 const ONE_BY_ONE: usize = 100;
 const CHATS: usize = 32;
 const RATE_TIME: Duration = Duration::from_secs(20);
-const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 pub async fn run(bench: &Bench, report: &mut Report) -> Result<()> {
     let plain = one_by_one(bench, PLAIN).await?;
@@ -55,7 +55,7 @@ pub async fn run(bench: &Bench, report: &mut Report) -> Result<()> {
     Ok(())
 }
 
-async fn session(bench: &Bench, model: &str) -> Result<ChatSession> {
+pub async fn session(bench: &Bench, model: &str) -> Result<ChatSession> {
     let chat: ChatId = bench.ada.chat(model, pb::ChatMode::Auto).await?.id.parse()?;
     Ok(bench.ada.client.open(chat).await?)
 }

@@ -82,6 +82,7 @@ async fn start(global: Global, args: DaemonStartArgs) -> Result<()> {
     std::fs::create_dir_all(&config.daemon.state_dir)
         .with_context(|| format!("could not make {}", config.daemon.state_dir.display()))?;
     config.telemetry.log_file.get_or_insert_with(|| reliant_daemon::log_path(&config.daemon.state_dir));
+    config.telemetry.spool_dir.get_or_insert_with(|| config.daemon.state_dir.join("spans"));
     let guard = server::telemetry(&config, "reliant-daemon", InstanceId::new())?;
     let drain = Drain::new();
     drain.watch_signals().context("could not listen for signals")?;

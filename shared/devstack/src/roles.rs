@@ -165,12 +165,14 @@ fn role(spec: &MeshSpec, config: &Path, role: &'static str, index: usize) -> Rol
     if config != Path::new("/dev/null") {
         args.extend([OsString::from("--config"), config.into()]);
     }
+    let mut env: Vec<(OsString, OsString)> = spec.env.iter().map(|(key, value)| (key.into(), value.into())).collect();
+    env.push(("RELIANT_TELEMETRY__SPOOL_DIR".into(), spec.dir.join("spans").into()));
     RoleSpec {
         name: format!("{role}-{index}"),
         role,
         binary: spec.binary.clone(),
         args,
-        env: spec.env.iter().map(|(key, value)| (key.into(), value.into())).collect(),
+        env,
         addresses: true,
         dir: spec.dir.clone(),
         working_dir: spec.dir.clone(),

@@ -24,7 +24,12 @@ use tracing_subscriber::{
     layer::SubscriberExt,
 };
 
-use crate::{export::Counted, log::JsonFormat, pipeline::Pipeline};
+use crate::{
+    export::Counted,
+    log::JsonFormat,
+    pipeline::Pipeline,
+    spool::{self, Spool},
+};
 
 /// Log records that wait for the collector.
 const OTLP_QUEUE_MAX: usize = 8192;
@@ -60,6 +65,10 @@ pub struct TelemetryConfig {
     pub otlp_endpoint: Option<String>,
     /// Share of traces that are exported, 0 to 1. The same in every process.
     pub sample_ratio: f64,
+    /// Where spans that other processes refer to wait for the collector, so that none is lost with a process that is
+    /// killed: any process with the same directory sends what a dead one left. On one machine, private to its user.
+    /// Unset: such spans leave at once, one request each.
+    pub spool_dir: Option<std::path::PathBuf>,
     /// `service.name`; the role's name where it is empty.
     pub service_name: String,
     /// `service.instance.id`; made at start where it is empty.
@@ -74,6 +83,7 @@ impl Default for TelemetryConfig {
             log_file: None,
             otlp_endpoint: None,
             sample_ratio: 1.0,
+            spool_dir: None,
             service_name: String::new(),
             instance_id: String::new(),
         }
@@ -96,6 +106,12 @@ pub enum TelemetryError {
     },
     #[error("telemetry.sample_ratio is {0}; it must be between 0 and 1")]
     Ratio(f64),
+    #[error("telemetry.spool_dir {path} cannot be used; it takes a directory that this process's user may write")]
+    Spool {
+        path: std::path::PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
     #[error("telemetry.otlp_endpoint '{endpoint}' cannot be used; an example is \"http://127.0.0.1:4317\"")]
     Otlp {
         endpoint: String,
@@ -184,9 +200,10 @@ pub fn init(config: &TelemetryConfig) -> Result<Guard, TelemetryError> {
                 .build()
                 .map_err(otlp_error)?;
             exporter.set_resource(&resource);
+            let spool = open_spool(config, &resource, endpoint)?;
             traces
                 .with_sampler(Sampler::ParentBased(Box::new(Sampler::TraceIdRatioBased(config.sample_ratio))))
-                .with_span_processor(Pipeline::start(Counted::new(exporter, "traces")))
+                .with_span_processor(Pipeline::start(Counted::new(exporter, "traces"), spool))
         }
     };
     let traces = traces.build();
@@ -240,6 +257,19 @@ pub fn init(config: &TelemetryConfig) -> Result<Guard, TelemetryError> {
     let _ = tracing::subscriber::set_global_default(subscriber);
     opentelemetry::global::set_tracer_provider(traces.clone());
     Ok(Guard { traces: Some(traces), logs })
+}
+
+/// This process's spool, and a task that sends what dead processes left beside it.
+fn open_spool(config: &TelemetryConfig, resource: &Resource, endpoint: &str) -> Result<Option<Spool>, TelemetryError> {
+    let Some(root) = &config.spool_dir else { return Ok(None) };
+    let failed = |source| TelemetryError::Spool { path: root.clone(), source };
+    let spool = Spool::open(root, resource).map_err(failed)?;
+    let endpoint = tonic::transport::Endpoint::from_shared(endpoint.to_owned())
+        .map_err(|source| failed(std::io::Error::other(source)))?
+        .timeout(OTLP_TIMEOUT)
+        .connect_timeout(OTLP_TIMEOUT);
+    tokio::spawn(spool::adopt(root.clone(), endpoint));
+    Ok(Some(spool))
 }
 
 /// Whether a context that came from outside is sampled: our ratio over its trace id, the same in every replica.

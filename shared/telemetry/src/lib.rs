@@ -7,6 +7,7 @@ mod log;
 pub mod metrics;
 pub mod names;
 mod pipeline;
+mod spool;
 pub mod trace;
 
 pub use init::{Guard, LogFormat, TelemetryConfig, TelemetryError, init};

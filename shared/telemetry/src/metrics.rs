@@ -206,6 +206,8 @@ metrics! {
     pub static STORE_CONNECTIONS: IntGaugeVec = ("reliant_store_connections", ["state"]);
     /// Spans and log records that the collector did not take, by signal (traces, logs).
     pub static OTLP_LOST: IntCounterVec = ("reliant_otlp_lost_total", ["signal"]);
+    /// Spans of processes that died, sent by this one, by signal (traces).
+    pub static OTLP_ADOPTED: IntCounterVec = ("reliant_otlp_adopted_total", ["signal"]);
     /// Background tasks that ended otherwise than asked, by kind.
     pub static TASK_FAILURES: IntCounterVec = ("reliant_task_failures_total", ["kind"]);
 }

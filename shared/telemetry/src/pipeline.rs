@@ -1,9 +1,10 @@
 //! From an ended span to the collector, so that no kill leaves a span whose parent nobody ever sees.
 //!
-//! Two rules make that so. A span whose context leaves the process ([`crate::hop`]) has ended and goes out at once; its
-//! parent is the context that came into the process. All others go out with the topmost span of this process above
-//! them, when that one has ended: a process that dies takes its half-done work along as a whole. What is left is the
-//! time between the end of a hop and its bytes on the socket, a few milliseconds.
+//! Two rules make that so. A span whose context leaves the process ([`crate::hop`]) has ended and is kept in the
+//! [`Spool`] until the collector has it, or goes out at once where there is no spool (what is left then is the time
+//! between the end of a hop and its bytes on the socket, a few milliseconds); its parent is the context that came into
+//! the process. All others go out with the topmost span of this process above them, when that one has ended: a process
+//! that dies takes its half-done work along as a whole.
 //!
 //! Nothing here waits for the collector. What finds no room is dropped and counted.
 
@@ -29,14 +30,14 @@ use tokio::{
     time::{Instant, sleep_until, timeout_at},
 };
 
-use crate::{metrics::OTLP_LOST, names};
+use crate::{metrics::OTLP_LOST, names, spool::Spool};
 
 /// Spans that wait for the collector.
 const QUEUE_MAX: usize = 8192;
 const BATCH_MAX: usize = 512;
-/// Spans that nobody outside refers to may gather so long.
+/// All other spans gather so long.
 const DELAY: Duration = Duration::from_millis(500);
-/// A span that somebody refers to goes at once; those right behind it gather this long.
+/// A span that somebody refers to and that is not in the spool goes at once; those right behind it gather this long.
 const PACE: Duration = Duration::from_millis(5);
 /// Exports under way at one time: a hop does not wait for the answer to an earlier one.
 const EXPORTS_MAX: usize = 4;
@@ -46,8 +47,18 @@ const HELD_MAX: usize = 512;
 const HELD_ALL_MAX: usize = QUEUE_MAX;
 
 enum Message {
-    Span { span: Box<SpanData>, urgent: bool },
+    Span { span: Box<SpanData>, leaves: Leaves },
     Flush(std::sync::mpsc::Sender<()>),
+}
+
+/// What keeps a span from being lost with its process.
+#[derive(Debug, Clone, Copy)]
+enum Leaves {
+    /// Nothing, and nothing hangs on it alone.
+    InTime,
+    /// The spool has it, in this segment.
+    Kept(u64),
+    AtOnce,
 }
 
 /// The processor that the tracer provider calls.
@@ -55,6 +66,7 @@ enum Message {
 pub(crate) struct Pipeline {
     queue: mpsc::Sender<Message>,
     held: Mutex<Held>,
+    spool: Option<Arc<Spool>>,
     closed: Arc<AtomicBool>,
 }
 
@@ -67,15 +79,19 @@ struct Held {
 
 impl Pipeline {
     /// Must be called within a tokio runtime.
-    pub fn start(exporter: impl SpanExporter + 'static) -> Self {
+    pub fn start(exporter: impl SpanExporter + 'static, spool: Option<Spool>) -> Self {
         let (queue, receiver) = mpsc::channel(QUEUE_MAX);
-        tokio::spawn(send(exporter, receiver));
-        Self { queue, held: Mutex::default(), closed: Arc::default() }
+        let spool = spool.map(Arc::new);
+        tokio::spawn(send(exporter, spool.clone(), receiver));
+        Self { queue, held: Mutex::default(), spool, closed: Arc::default() }
     }
 
-    fn enqueue(&self, span: SpanData, urgent: bool) {
-        if self.queue.try_send(Message::Span { span: Box::new(span), urgent }).is_err() {
+    fn enqueue(&self, span: SpanData, leaves: Leaves) {
+        if self.queue.try_send(Message::Span { span: Box::new(span), leaves }).is_err() {
             OTLP_LOST.with_label_values(&["traces"]).inc();
+            if let (Some(spool), Leaves::Kept(segment)) = (&self.spool, leaves) {
+                spool.done([segment].into_iter());
+            }
         }
     }
 
@@ -94,11 +110,12 @@ impl SpanProcessor for Pipeline {
             return;
         }
         if names::span::leaves_the_process(&span.name) {
-            return self.enqueue(span, true);
+            let kept = self.spool.as_ref().and_then(|spool| spool.keep(&span));
+            return self.enqueue(span, kept.map_or(Leaves::AtOnce, Leaves::Kept));
         }
         let is_top = span.parent_span_id == SpanId::INVALID || span.parent_span_is_remote;
         for span in self.held.lock().end(span, is_top) {
-            self.enqueue(span, false);
+            self.enqueue(span, Leaves::InTime);
         }
     }
 
@@ -111,9 +128,13 @@ impl SpanProcessor for Pipeline {
             return Ok(());
         }
         for span in self.held.lock().take() {
-            self.enqueue(span, false);
+            self.enqueue(span, Leaves::InTime);
         }
-        self.flush(timeout)
+        self.flush(timeout)?;
+        if let Some(spool) = &self.spool {
+            spool.close();
+        }
+        Ok(())
     }
 
     fn set_resource(&mut self, _: &Resource) {}
@@ -145,10 +166,12 @@ impl Held {
 }
 
 /// Sends what comes, until all senders are gone.
-async fn send(exporter: impl SpanExporter + 'static, mut queue: mpsc::Receiver<Message>) {
+async fn send(exporter: impl SpanExporter + 'static, spool: Option<Arc<Spool>>, mut queue: mpsc::Receiver<Message>) {
     let exporter = Arc::new(exporter);
     let mut under_way = JoinSet::new();
     let mut batch: Vec<SpanData> = Vec::new();
+    // The segments of those in the batch that the spool keeps.
+    let mut kept: Vec<u64> = Vec::new();
     let mut messages = Vec::new();
     let mut flushed: Vec<std::sync::mpsc::Sender<()>> = Vec::new();
     // When the batch goes; none while it is empty.
@@ -162,9 +185,16 @@ async fn send(exporter: impl SpanExporter + 'static, mut queue: mpsc::Receiver<M
         let over = received == Ok(0);
         for message in messages.drain(..) {
             match message {
-                Message::Span { span, urgent } => {
+                Message::Span { span, leaves } => {
                     batch.push(*span);
-                    let latest = Instant::now() + if urgent { Duration::ZERO } else { DELAY };
+                    let latest = match leaves {
+                        Leaves::InTime => Instant::now() + DELAY,
+                        Leaves::Kept(segment) => {
+                            kept.push(segment);
+                            Instant::now() + DELAY
+                        }
+                        Leaves::AtOnce => Instant::now(),
+                    };
                     due = Some(due.map_or(latest, |due| due.min(latest)));
                 }
                 Message::Flush(done) => {
@@ -181,9 +211,18 @@ async fn send(exporter: impl SpanExporter + 'static, mut queue: mpsc::Receiver<M
                 under_way.join_next().await;
             }
             if !batch.is_empty() {
-                let (exporter, batch) = (exporter.clone(), std::mem::take(&mut batch));
-                // What the collector does not take is lost, and counted by the exporter.
-                under_way.spawn(async move { exporter.export(batch).await });
+                let (exporter, batch, kept) = (exporter.clone(), std::mem::take(&mut batch), std::mem::take(&mut kept));
+                let spool = spool.clone();
+                if let Some(spool) = &spool {
+                    spool.turn_the_page();
+                }
+                under_way.spawn(async move {
+                    // What the collector does not take is lost, and counted by the exporter.
+                    let _ = exporter.export(batch).await;
+                    if let Some(spool) = spool {
+                        spool.done(kept.into_iter());
+                    }
+                });
             }
             while under_way.try_join_next().is_some() {}
             if over || !flushed.is_empty() {
@@ -241,7 +280,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn children_go_with_the_topmost_span_and_hops_at_once() {
         let seen = Seen::default();
-        let pipeline = Pipeline::start(seen.clone());
+        let pipeline = Pipeline::start(seen.clone(), None);
         let begun = Instant::now();
         let wait_for = async |batches: usize| {
             while seen.0.lock().len() < batches {
@@ -289,7 +328,7 @@ mod tests {
             }
         }
         let before = OTLP_LOST.with_label_values(&["traces"]).get();
-        let pipeline = Pipeline::start(Hangs);
+        let pipeline = Pipeline::start(Hangs, None);
         for id in 0..2 * QUEUE_MAX as u64 {
             pipeline.on_end(span(id + 1, 0, "turn.round", false));
         }
