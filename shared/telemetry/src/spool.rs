@@ -321,13 +321,13 @@ mod tests {
         spool.done([first].into_iter());
         assert_eq!(ids(&spool.dir), [3]);
         spool.done([second].into_iter());
-        assert_eq!(ids(&spool.dir), [0u64; 0]);
+        assert!(ids(&spool.dir).is_empty());
         assert_eq!(spool.keep(&span(4)), Some(second), "an empty one is written from its start");
         assert_eq!(ids(&spool.dir), [4]);
         assert!(claim(&spool.dir).is_none(), "it lives");
         spool.done([second].into_iter());
         spool.close();
-        assert_eq!(others(root.path()), [PathBuf::new(); 0]);
+        assert!(others(root.path()).is_empty());
     }
 
     #[test]
