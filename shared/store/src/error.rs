@@ -12,6 +12,7 @@ pub(crate) mod sqlstate {
     pub const SERIALIZATION_FAILURE: &str = "40001";
     pub const DEADLOCK_DETECTED: &str = "40P01";
     pub const LOCK_NOT_AVAILABLE: &str = "55P03";
+    pub const IDLE_IN_TRANSACTION: &str = "25P03";
     pub const QUERY_CANCELED: &str = "57014";
     pub const ADMIN_SHUTDOWN: &str = "57P01";
     pub const NO_SUCH_DATABASE: &str = "3D000";
@@ -77,7 +78,9 @@ impl From<sqlx::Error> for StoreError {
             let Some(code) = database.code() else { return StoreError::Internal(error) };
             return match code.as_ref() {
                 sqlstate::SERIALIZATION_FAILURE | sqlstate::DEADLOCK_DETECTED => StoreError::Conflict(error),
-                sqlstate::LOCK_NOT_AVAILABLE | sqlstate::QUERY_CANCELED => StoreError::Unavailable(error),
+                sqlstate::LOCK_NOT_AVAILABLE | sqlstate::QUERY_CANCELED | sqlstate::IDLE_IN_TRANSACTION => {
+                    StoreError::Unavailable(error)
+                }
                 sqlstate::UNIQUE_VIOLATION | sqlstate::FOREIGN_KEY_VIOLATION => {
                     StoreError::Duplicate { constraint: database.constraint().unwrap_or_default().to_owned() }
                 }

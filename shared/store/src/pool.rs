@@ -18,7 +18,9 @@ static MIGRATOR: sqlx::migrate::Migrator = sqlx::migrate!("../../migrations");
 const STATEMENT_TIMEOUT: &str = "15s";
 /// Below [`WORK_LIMIT`], so that a lock's owner is blamed and not the network.
 const LOCK_TIMEOUT: &str = "6s";
-const IDLE_IN_TRANSACTION_TIMEOUT: &str = "30s";
+/// The statements of a transaction follow each other at once. One that stands still belongs to a process that is frozen
+/// or cut off, and holds rows that others wait for: it is undone before they have waited for as long as they would.
+const IDLE_IN_TRANSACTION_TIMEOUT: &str = "4s";
 /// A piece of work that takes longer has lost its connection without being told: a half-open connection takes whatever
 /// is sent and never answers. What it did is unknown, as with a connection that broke.
 const WORK_LIMIT: Duration = Duration::from_secs(8);
