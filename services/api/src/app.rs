@@ -1,7 +1,7 @@
 //! What every service of the api shares, and the shape of a handler: the caller is known, the request is checked, a
 //! [`Failure`] becomes a status in one place.
 
-use std::{error::Error as _, str::FromStr, sync::Arc};
+use std::{error::Error as _, str::FromStr, sync::Arc, time::Duration};
 
 use reliant_middleware::StoreAuthenticator;
 use reliant_store::StoreError;
@@ -15,6 +15,7 @@ pub struct App {
     pub authenticator: StoreAuthenticator,
     pub effects: Effects,
     pub hub: Arc<Hub>,
+    pub turn_deadline: Duration,
 }
 
 /// Implements a generated service trait: each method finds out who calls, and hands the caller and the message over to

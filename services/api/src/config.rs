@@ -52,6 +52,9 @@ pub struct ApiLimits {
     pub live_text_bytes: usize,
     /// Wakes, hints and cancels on their way, after their answer was given.
     pub background_tasks: usize,
+    /// A turn's own working time; it stands still while a person or a daemon is awaited.
+    #[serde(with = "humantime_serde")]
+    pub turn_deadline: Duration,
     /// After a drain began, running calls have so long.
     #[serde(with = "humantime_serde")]
     pub drain: Duration,
@@ -67,6 +70,7 @@ impl Default for ApiLimits {
             rate: RateLimitConfig::default(),
             live_text_bytes: 256 * 1024 * 1024,
             background_tasks: 1024,
+            turn_deadline: reliant_types::limits::TURN_DEADLINE,
             drain: Duration::from_secs(15),
         }
     }

@@ -158,7 +158,8 @@ impl Role for Api {
         drain.spawn(TaskKind::Upkeep("instance"), upkeep::beat(deps.store.clone(), deps.instance, addr, drain.clone()));
         drain.spawn(TaskKind::Poller("feeds"), feed::poll::run(hub.clone()));
 
-        let app = Arc::new(App { deps, authenticator: authenticator.clone(), effects, hub });
+        let turn_deadline = config.limits.turn_deadline;
+        let app = Arc::new(App { deps, authenticator: authenticator.clone(), effects, hub, turn_deadline });
         let (reporter, services) = services(&app).await?;
         let front = stack::front(&config, Arc::new(authenticator), services)?;
         let server = Server::builder()

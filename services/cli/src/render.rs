@@ -46,6 +46,8 @@ pub struct Renderer<W> {
     tool_names: HashMap<String, String>,
     at_line_start: bool,
     in_thinking: bool,
+    /// It was said that the model is asked again.
+    asked_again: bool,
 }
 
 impl<W: Write> Renderer<W> {
@@ -58,6 +60,7 @@ impl<W: Write> Renderer<W> {
             tool_names: HashMap::new(),
             at_line_start: true,
             in_thinking: false,
+            asked_again: false,
         }
     }
 
@@ -89,7 +92,10 @@ impl<W: Write> Renderer<W> {
         use pb::chat_event::Kind;
         match &event.kind {
             Some(Kind::MessageStarted(started)) if started.restarted => {
-                self.line(Style::Yellow, "… the attempt was lost; the model starts this message again")?;
+                // Of a model that is asked again it was said already.
+                if !std::mem::take(&mut self.asked_again) {
+                    self.line(Style::Yellow, "… the attempt was lost; the model starts this message again")?;
+                }
                 self.printed.retain(|(target, _), _| *target != started.message_id);
             }
             Some(Kind::MessageCommitted(message)) => self.message(message)?,
@@ -109,6 +115,11 @@ impl<W: Write> Renderer<W> {
                 }
                 pb::TurnStatus::WaitingDaemon => {
                     self.line(Style::Yellow, "… the daemon is away; the turn goes on when it is back")?;
+                }
+                pb::TurnStatus::Running if !turn.waiting_for.is_empty() => {
+                    self.asked_again = true;
+                    let seconds = seconds_between(event.time.as_ref(), turn.retry_at.as_ref());
+                    self.line(Style::Yellow, &format!("… {}; trying again in {seconds} s", turn.waiting_for))?;
                 }
                 _ => {}
             },
@@ -293,6 +304,13 @@ fn printable(text: &str) -> String {
         .collect()
 }
 
+/// Whole seconds, both stamps by the database's clock.
+fn seconds_between(from: Option<&prost_types::Timestamp>, to: Option<&prost_types::Timestamp>) -> i64 {
+    let nanos = |at: &prost_types::Timestamp| i128::from(at.seconds) * 1_000_000_000 + i128::from(at.nanos);
+    let between = from.zip(to).map_or(0, |(from, to)| nanos(to) - nanos(from));
+    i64::try_from((between + 999_999_999) / 1_000_000_000).unwrap_or_default().max(0)
+}
+
 fn shorten(text: &str) -> String {
     let mut short: String = text.chars().take(SHOWN_CHARS_MAX).collect();
     if short.len() < text.len() {
@@ -342,6 +360,25 @@ mod tests {
     fn live_text_and_its_commit_show_the_text_once() {
         assert_eq!(shown(&[delta(0, 1, "Hel"), delta(3, 1, "lo"), committed("Hello, you")]), "Hello, you\n");
         assert_eq!(shown(&[committed("Hello")]), "Hello\n");
+    }
+
+    #[test]
+    fn a_model_that_is_asked_again_is_told_once() {
+        let stamp = |seconds| Some(prost_types::Timestamp { seconds, nanos: 0 });
+        let event =
+            |kind| ClientUpdate::Event(pb::ChatEvent { kind: Some(kind), time: stamp(100), ..Default::default() });
+        let turn = pb::Turn {
+            status: pb::TurnStatus::Running as i32,
+            waiting_for: "the model provider is overloaded or failing (status 529)".into(),
+            retry_at: stamp(112),
+            ..Default::default()
+        };
+        let waits = event(pb::chat_event::Kind::TurnChanged(turn));
+        let again = pb::MessageStarted { message_id: "m".into(), restarted: true, ..Default::default() };
+        let again = event(pb::chat_event::Kind::MessageStarted(again));
+        let text = "… the model provider is overloaded or failing (status 529); trying again in 12 s\n";
+        assert_eq!(shown(&[waits, again.clone()]), text);
+        assert!(shown(&[again]).contains("the attempt was lost"));
     }
 
     #[test]

@@ -104,8 +104,8 @@ export class ChatView {
         break;
       case "turnChanged":
         this.turns.set(value.id, value);
-        // What a turn that ended was writing is not coming any more.
-        if (turnEnded(value)) {
+        // What a turn was writing that ended, or whose model broke off and is asked again later, is not coming any more.
+        if (turnEnded(value) || value.waitingFor) {
           for (const [id, live] of this.live) if (live.started.turnId === value.id) this.live.delete(id);
         }
         break;

@@ -49,11 +49,12 @@ export function duration(ms: number): string {
 }
 
 /** A sentence about a turn that is under way or went wrong; empty where there is nothing to say. */
-export function turnWords(turn: Turn): string {
+export function turnWords(turn: Turn, now = Date.now()): string {
   switch (turn.status) {
     case TurnStatus.QUEUED:
       return "Queued.";
     case TurnStatus.RUNNING:
+      if (turn.waitingFor) return retryWords(turn.waitingFor, turn.retryAt ? timestampMs(turn.retryAt) - now : 0);
       return "Working …";
     case TurnStatus.WAITING_APPROVAL:
       return "Waits for your decision.";
@@ -66,6 +67,12 @@ export function turnWords(turn: Turn): string {
     default:
       return "";
   }
+}
+
+function retryWords(why: string, ms: number): string {
+  const seconds = Math.ceil(ms / 1000);
+  const when = seconds > 90 ? `in ${Math.round(seconds / 60)} min` : seconds > 0 ? `in ${seconds} s` : "now";
+  return `${why.charAt(0).toUpperCase()}${why.slice(1)}. Trying again ${when}.`;
 }
 
 /** The one argument that tells most; the tools' own names for it. */

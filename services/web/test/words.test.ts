@@ -1,8 +1,9 @@
 import assert from "node:assert/strict";
 import test from "node:test";
 import { create } from "@bufbuild/protobuf";
-import { ToolCallSchema, ToolCallStatus, UnknownCause } from "../gen/reliant/v1/common_pb.js";
-import { callWords, duration, gist, pretty, prose } from "../src/words.js";
+import { timestampFromMs } from "@bufbuild/protobuf/wkt";
+import { ToolCallSchema, ToolCallStatus, TurnSchema, TurnStatus, UnknownCause } from "../gen/reliant/v1/common_pb.js";
+import { callWords, duration, gist, pretty, prose, turnWords } from "../src/words.js";
 
 test("prose keeps every character of its text", () => {
   assert.deepEqual(prose("a `b` c"), [
@@ -35,4 +36,13 @@ test("values are shown short", () => {
   assert.equal(gist("not json"), "");
   assert.equal(pretty("not json"), "not json");
   assert.equal(duration(61_500), "1 min 2 s");
+});
+
+test("a model that is asked again says why and when", () => {
+  const waitingFor = "the model provider is overloaded or failing (status 529)";
+  const turn = create(TurnSchema, { status: TurnStatus.RUNNING, waitingFor, retryAt: timestampFromMs(112_000) });
+  const why = "The model provider is overloaded or failing (status 529).";
+  assert.equal(turnWords(turn, 100_000), `${why} Trying again in 12 s.`);
+  assert.equal(turnWords(turn, 113_000), `${why} Trying again now.`);
+  assert.equal(turnWords(create(TurnSchema, { status: TurnStatus.RUNNING })), "Working …");
 });

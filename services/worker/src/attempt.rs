@@ -23,6 +23,8 @@ use crate::{
 /// A tool's schema that is broken JSON is offered without one.
 const ANY_OBJECT: &str = r#"{"type":"object"}"#;
 
+/// A provider that cannot answer is asked again within the attempt for so long.
+const QUICK_RETRIES: Duration = Duration::from_millis(1500);
 const COMMIT_RETRY_MIN: Duration = Duration::from_millis(50);
 const COMMIT_RETRY_MAX: Duration = Duration::from_secs(2);
 const HISTORY_CUT: &str =
@@ -37,6 +39,8 @@ pub enum End {
     Lost,
     /// Pieces were seen, then the provider broke off: again, under a new fence.
     Broken(ModelError),
+    /// The provider cannot answer now, and not within moments.
+    Away(ModelError),
     Failed(Failure),
     Deadline,
 }
@@ -126,9 +130,12 @@ async fn answer(
     let context = began.elapsed();
 
     let asked = Instant::now();
+    // A blip is tried again here, where nobody need notice; what lasts for longer is waited for without holding anything.
+    let patience = if attempt.retries == 0 { QUICK_RETRIES } else { Duration::ZERO };
     // Its stream is dropped with this future: nothing goes on behind a cancelled attempt.
-    let mut stream = match engine.models.stream_with_retry(request, deadline).await {
+    let mut stream = match engine.models.stream_with_retry(request, deadline.min(asked + patience)).await {
         Ok(stream) => stream,
+        Err(error) if error.retryable() => return Ok(Err(End::Away(error))),
         Err(error) => return Ok(Err(End::Failed(error.failure()))),
     };
     let first_token = asked.elapsed();

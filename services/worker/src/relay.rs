@@ -10,6 +10,9 @@ use crate::{dispatch, engine::Engine};
 const UNSEEN_INTERVAL: Duration = Duration::from_secs(1);
 /// A wake usually arrives within milliseconds; what is older was lost.
 const UNSEEN_AGE: Duration = Duration::from_secs(2);
+/// A chat whose model is to be asked again wakes by its own timer where that is soon; for the rest this looks.
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
+const RETRY_LATE: Duration = Duration::from_millis(500);
 const STALE_INTERVAL: Duration = Duration::from_secs(30);
 const CANCEL_INTERVAL: Duration = Duration::from_secs(2);
 const LEASE_INTERVAL: Duration = Duration::from_secs(3);
@@ -19,7 +22,7 @@ const BATCH: i64 = 200;
 const PARALLEL: usize = 16;
 
 pub async fn run(engine: Arc<Engine>) {
-    tokio::join!(unseen(&engine), stale(&engine), cancels(&engine), leases(&engine));
+    tokio::join!(unseen(&engine), retries(&engine), stale(&engine), cancels(&engine), leases(&engine));
 }
 
 async fn unseen(engine: &Arc<Engine>) {
@@ -29,6 +32,17 @@ async fn unseen(engine: &Arc<Engine>) {
         match engine.store.unseen_chats(UNSEEN_AGE, BATCH).await {
             Ok(wakes) => wake_all(engine, wakes, "unseen").await,
             Err(error) => tracing::debug!(%error, "the relay could not look for unseen chats"),
+        }
+    }
+}
+
+async fn retries(engine: &Arc<Engine>) {
+    let mut tick = ticker(RETRY_INTERVAL);
+    loop {
+        tick.tick().await;
+        match engine.store.due_retries(RETRY_LATE, BATCH).await {
+            Ok(wakes) => wake_all(engine, wakes, "retry").await,
+            Err(error) => tracing::debug!(%error, "the relay could not look for models that are to be asked again"),
         }
     }
 }

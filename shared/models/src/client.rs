@@ -129,7 +129,7 @@ impl Models {
         self.attempt(&prepared, &mut TraceContext::default()).await
     }
 
-    pub(crate) fn retry_policy(&self) -> &RetryPolicy {
+    pub fn retry_policy(&self) -> &RetryPolicy {
         &self.inner.config.retry
     }
 

@@ -26,5 +26,5 @@ pub use event::{BlockKind, ModelEvent};
 pub use history::{FitReport, LastInput, fit_history, mend_history};
 pub use request::{ChatMessage, ChatRole, ModelRequest, Part, ToolSpec};
 pub use resolved::ResolvedModel;
-pub use retry::RetryPolicy;
+pub use retry::{RetryPolicy, tried_again};
 pub use stream::ModelStream;

@@ -1,5 +1,5 @@
-//! When a failed attempt is made again: only before the first event of an answer, with back-off and jitter, not before
-//! the time the provider asked for, and never past the caller's deadline.
+//! When a failed attempt is made again: with back-off and jitter, not before the time the provider asked for, and until the
+//! caller's deadline, not a number of times. Here only before the first event of an answer.
 
 use std::time::Duration;
 
@@ -18,8 +18,6 @@ const DELAY_MIN: Duration = Duration::from_millis(50);
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RetryPolicy {
-    /// Attempts in all.
-    pub attempts_max: u32,
     #[serde(with = "humantime_serde")]
     pub initial: Duration,
     #[serde(with = "humantime_serde")]
@@ -28,18 +26,15 @@ pub struct RetryPolicy {
 
 impl Default for RetryPolicy {
     fn default() -> Self {
-        Self { attempts_max: 8, initial: Duration::from_millis(250), max: Duration::from_secs(20) }
+        Self { initial: Duration::from_millis(250), max: Duration::from_secs(30) }
     }
 }
 
 impl RetryPolicy {
-    /// The wait after failed attempt number `attempt` (from 1); `None`: give up.
+    /// The wait after failed attempt number `attempt` (from 1); `None`: the same request will not succeed later.
     pub fn delay(&self, attempt: u32, error: &ModelError) -> Option<Duration> {
-        let attempts = match error {
-            ModelError::Garbage { .. } => self.attempts_max.min(GARBAGE_ATTEMPTS_MAX),
-            _ => self.attempts_max,
-        };
-        if !error.retryable() || attempt >= attempts {
+        let given_up = matches!(error, ModelError::Garbage { .. }) && attempt >= GARBAGE_ATTEMPTS_MAX;
+        if !error.retryable() || given_up {
             return None;
         }
         let spread = rand::random::<f64>();
@@ -55,8 +50,8 @@ impl RetryPolicy {
 }
 
 impl Models {
-    /// Like [`Models::stream`], but tries again until the first event is there, the policy ends, or the next attempt
-    /// would begin past `deadline`; then the last error is returned. An error after the first event is the caller's: the
+    /// Like [`Models::stream`], but tries again until the first event is there, no further attempt has a chance, or the next
+    /// one would begin past `deadline`; then the last error is returned. An error after the first event is the caller's: the
     /// pieces were seen by then.
     pub async fn stream_with_retry(&self, request: ModelRequest, deadline: Instant) -> Result<ModelStream, ModelError> {
         let prepared = self.prepare(&request)?;
@@ -74,14 +69,7 @@ impl Models {
             if next >= deadline {
                 return Err(error);
             }
-            MODEL_RETRIES.with_label_values(&[prepared.provider_label(), error.reason()]).inc();
-            tracing::warn!(
-                provider = prepared.provider_label(),
-                attempt,
-                delay_ms = delay.as_millis() as u64,
-                reason = error.reason(),
-                "the model call is tried again"
-            );
+            tried_again(prepared.provider_label(), attempt, delay, &error);
             sleep_until(next).await;
         }
     }
@@ -93,19 +81,33 @@ impl Models {
     }
 }
 
+/// Counts and logs that a failed attempt is made again, here or by whoever waits for longer.
+pub fn tried_again(provider: &str, attempt: u32, delay: Duration, error: &ModelError) {
+    MODEL_RETRIES.with_label_values(&[provider, error.reason()]).inc();
+    tracing::warn!(
+        provider,
+        attempt,
+        delay_ms = delay.as_millis() as u64,
+        reason = error.reason(),
+        "the model call is tried again"
+    );
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn delays_grow_and_end() {
-        let policy = RetryPolicy { attempts_max: 4, initial: Duration::from_secs(1), max: Duration::from_secs(3) };
+    fn delays_grow_to_their_bound_and_do_not_end() {
+        let policy = RetryPolicy { initial: Duration::from_secs(1), max: Duration::from_secs(3) };
         let error = ModelError::CutStream;
         let secs = |attempt| policy.delay(attempt, &error).map(|delay| delay.as_secs_f64());
         assert!((0.5..=1.0).contains(&secs(1).unwrap()));
         assert!((1.0..=2.0).contains(&secs(2).unwrap()));
         assert!((1.5..=3.0).contains(&secs(3).unwrap()));
-        assert_eq!(secs(4), None);
+        for attempt in [4, 9, 1000, u32::MAX] {
+            assert!((1.5..=3.0).contains(&secs(attempt).unwrap()), "{attempt}");
+        }
         assert_eq!(policy.delay(1, &ModelError::Rejected { status: 400, message: String::new() }), None);
         assert_eq!(policy.delay(3, &ModelError::garbage("x")), None);
     }

@@ -3,6 +3,8 @@
 //! Invariants: every write of an attempt names its fence, so that a thawed zombie changes nothing; tool calls and their ids
 //! are born in the commit of the message that asks for them; all attempts of a round write the same message.
 
+use std::time::Duration;
+
 use chrono::{DateTime, Utc};
 use reliant_telemetry::TraceContext;
 use reliant_types::{
@@ -44,10 +46,11 @@ impl Store {
         let mut tx = ChatTx::open(self, Key::Turn(turn)).await?.ok_or(StoreError::not_found("turn"))?;
         let now = tx.now;
         let row = sqlx::query!(
-            r#"WITH old AS (SELECT status, live_message_id, attempt_trace FROM turns WHERE id = $1)
+            r#"WITH old AS (SELECT status, live_message_id, attempt_trace, retry_at FROM turns WHERE id = $1)
                UPDATE turns t SET fence = fence + 1, producer = $3, live_message_id = COALESCE(t.live_message_id, $4),
                       status = 'running', started_at = COALESCE(t.started_at, $5), attempt_trace = $6,
-                      deadline_at = COALESCE(deadline_at, $5 + deadline_left_ms * interval '1 millisecond')
+                      deadline_at = COALESCE(deadline_at, $5 + deadline_left_ms * interval '1 millisecond'),
+                      retry_at = NULL
                FROM old, chats c LEFT JOIN daemons d ON d.id = c.daemon_id AND d.revoked_at IS NULL
                     LEFT JOIN LATERAL (
                         SELECT k.created_at, k.dispatched_at, k.started_at, k.ended_at, a.decided_at
@@ -58,6 +61,7 @@ impl Store {
                  AND NOT EXISTS (SELECT FROM tool_calls k WHERE k.turn_id = $1 AND k.ended_at IS NULL)
                  AND NOT EXISTS (SELECT FROM turns o WHERE o.chat_id = c.id AND o.ended_at IS NULL AND o.ordinal < t.ordinal)
                RETURNING old.status <> 'running' AS "started!", old.live_message_id IS NOT NULL AS "restarted!",
+                         old.retry_at IS NOT NULL AS "waited!", t.retries, t.retry_at, t.retry_message,
                          t.id, t.chat_id, t.message_id, t.ordinal, t.status, t.iteration, t.fence, t.live_message_id,
                          t.producer, t.traceparent, t.model, t.mode, t.deadline_at AS "deadline!", t.cancel_requested,
                          t.error_code, t.error_message, t.usage, t.created_at, t.started_at, t.ended_at,
@@ -111,10 +115,12 @@ impl Store {
             created_at: row.created_at,
             started_at: row.started_at,
             ended_at: row.ended_at,
+            retry_at: row.retry_at,
+            retry_message: row.retry_message,
         };
         let (chat, ordinal) = (current.chat_id, current.ordinal);
         let live = current.live_message_id.ok_or(StoreError::Corrupt("an attempt without its message"))?;
-        if row.started {
+        if row.started || row.waited {
             tx.event(Kind::TurnChanged(current.to_pb()));
         }
         let started = current.started().map(|started| pb::MessageStarted { restarted: row.restarted, ..started });
@@ -138,6 +144,7 @@ impl Store {
             message: MessageId(live),
             iteration,
             restarted: row.restarted,
+            retries: row.retries,
             mode: mode(&current.mode),
             model: current.model,
             traceparent: current.traceparent,
@@ -171,6 +178,7 @@ impl Store {
                        status = CASE WHEN $5 THEN 'succeeded' ELSE status END,
                        ended_at = CASE WHEN $5 THEN $6::timestamptz END,
                        deadline_at = CASE WHEN $5 THEN NULL ELSE deadline_at END,
+                       retries = 0, retry_at = NULL, retry_code = '', retry_message = '',
                        usage = jsonb_build_object(
                            'input_tokens', COALESCE((usage->>'input_tokens')::bigint, 0) + $7::bigint,
                            'output_tokens', COALESCE((usage->>'output_tokens')::bigint, 0) + $8::bigint,
@@ -262,6 +270,37 @@ impl Store {
                 Some(_) => tx.commit(true).await,
                 None => tx.nothing(false).await,
             }
+        })
+        .await
+    }
+
+    /// The attempt stops without a message, as its model cannot answer now: the round is nobody's until `delay` has passed.
+    /// False: the turn has ended, or is another's.
+    pub async fn retry_later(
+        &self,
+        turn: TurnId,
+        fence: i64,
+        delay: Duration,
+        failure: &Failure,
+    ) -> Result<Committed<bool>> {
+        self.run("retry_later", async || {
+            let mut tx = ChatTx::open(self, Key::Turn(turn)).await?.ok_or(StoreError::not_found("turn"))?;
+            let again = tx.now + delay;
+            let row = turns!(
+                RETURNING "UPDATE turns t SET producer = NULL, retries = retries + 1, retry_at = $3, retry_code = $4,
+                                  retry_message = $5
+                           WHERE t.id = $1 AND t.fence = $2 AND t.ended_at IS NULL",
+                turn.0,
+                fence,
+                again,
+                failure.code.as_str(),
+                clean(&failure.message),
+            )
+            .fetch_optional(tx.conn())
+            .await?;
+            let Some(row) = row else { return tx.nothing(false).await };
+            tx.event(Kind::TurnChanged(row.to_pb()));
+            tx.commit(true).await
         })
         .await
     }

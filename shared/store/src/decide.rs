@@ -24,6 +24,8 @@ pub struct Turn {
     pub iteration: i32,
     /// None: the clock stands.
     pub deadline_ms: Option<i64>,
+    /// Its model could not answer: not to be asked before then.
+    pub not_before_ms: Option<i64>,
 }
 
 #[derive(Debug, Clone)]
@@ -77,6 +79,8 @@ pub enum WaitReason {
     Approval,
     /// The daemon is away. The clock stands.
     Daemon,
+    /// The model could not answer and is asked again. The clock runs.
+    Model,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -114,7 +118,11 @@ impl Decision {
             Decision::Wait { reason: WaitReason::Approval, .. } => Some(pb::TurnStatus::WaitingApproval),
             Decision::Wait { reason: WaitReason::Daemon, .. } => Some(pb::TurnStatus::WaitingDaemon),
             // A model call is begun by its claim, which starts the clock too.
-            Decision::CallModel { .. } | Decision::Settle(_) | Decision::Fail { .. } | Decision::Idle => None,
+            Decision::CallModel { .. }
+            | Decision::Wait { reason: WaitReason::Model, .. }
+            | Decision::Settle(_)
+            | Decision::Fail { .. }
+            | Decision::Idle => None,
         }
     }
 }
@@ -138,6 +146,10 @@ pub fn decide(rows: &Snapshot) -> Decision {
     if open.is_empty() {
         if turn.iteration >= rows.rounds_max {
             return Decision::Fail { turn: turn.id, code: Code::TurnRounds };
+        }
+        if let Some(at) = turn.not_before_ms.filter(|at| rows.now_ms < *at) {
+            let until = turn.deadline_ms.map_or(at, |deadline| at.min(deadline));
+            return Decision::Wait { turn: turn.id, until_ms: Some(until), reason: WaitReason::Model };
         }
         return Decision::CallModel { turn: turn.id, iteration: turn.iteration };
     }

@@ -42,10 +42,11 @@ prop_compose! {
 prop_compose! {
     fn rows()(
         now_ms in 0..3 * HOUR, calls in prop::collection::vec(call(), 0..6), iteration in 0i32..110,
-        has_turn in prop::bool::weighted(0.9), deadline_ms in prop::option::of(0..6 * HOUR), rounds_max in 1i32..120,
+        has_turn in prop::bool::weighted(0.9), deadline_ms in prop::option::of(0..6 * HOUR),
+        not_before_ms in prop::option::of(0..6 * HOUR), rounds_max in 1i32..120,
     ) -> Snapshot {
         let calls = (100u128..).zip(calls).map(|(number, call)| Call { id: ToolCallId(id(number)), ..call }).collect();
-        let turn = has_turn.then(|| Turn { id: TurnId(id(1)), iteration, deadline_ms });
+        let turn = has_turn.then(|| Turn { id: TurnId(id(1)), iteration, deadline_ms, not_before_ms });
         Snapshot { now_ms, turn, calls, rounds_max }
     }
 }
@@ -80,6 +81,7 @@ proptest! {
                 prop_assert_eq!((*turn, *iteration), (row.id, row.iteration));
                 prop_assert!(*iteration < rows.rounds_max);
                 prop_assert!(row.deadline_ms.is_none_or(|at| rows.now_ms < at));
+                prop_assert!(row.not_before_ms.is_none_or(|at| rows.now_ms >= at), "its model is asked later");
             }
             Decision::Dispatch { turn, calls } => {
                 prop_assert!(!calls.is_empty());
@@ -94,7 +96,7 @@ proptest! {
                 }
             }
             Decision::Wait { until_ms, reason, .. } => {
-                prop_assert!(!of_turn.is_empty(), "somebody is waited for");
+                prop_assert!(!of_turn.is_empty() || *reason == WaitReason::Model, "somebody is waited for");
                 prop_assert!(until_ms.is_none_or(|at| at > rows.now_ms), "a wait ends later than now");
                 match reason {
                     WaitReason::Tools => {
@@ -111,6 +113,12 @@ proptest! {
                     WaitReason::Daemon => {
                         let excused = |call: &&&Call| call.daemon == Daemon::Away || call.cancel_asked;
                         prop_assert_eq!(of_turn.iter().filter(excused).count(), of_turn.len());
+                    }
+                    WaitReason::Model => {
+                        prop_assert!(of_turn.is_empty());
+                        let row = rows.turn.as_ref().unwrap();
+                        prop_assert!(until_ms.is_some() && *until_ms <= row.not_before_ms, "no later than it is to be asked");
+                        prop_assert!(row.deadline_ms.is_none_or(|at| *until_ms <= Some(at)), "and no later than the deadline");
                     }
                 }
             }
@@ -162,7 +170,7 @@ proptest! {
 }
 
 fn one(call: Call) -> Snapshot {
-    let turn = Some(Turn { id: call.turn, iteration: 1, deadline_ms: Some(HOUR) });
+    let turn = Some(Turn { id: call.turn, iteration: 1, deadline_ms: Some(HOUR), not_before_ms: None });
     Snapshot { now_ms: 1_000, turn, calls: vec![call], rounds_max: 100 }
 }
 

@@ -22,6 +22,8 @@ struct Rows {
     user: UserId,
     snapshot: Snapshot,
     status: Option<pb::TurnStatus>,
+    /// Why the turn's model could not answer, where it was waited for.
+    model_said: Option<Failure>,
     wanted: i64,
     seen: i64,
 }
@@ -74,7 +76,10 @@ impl Store {
                     }
                 }
                 Decision::Fail { turn, code } => {
-                    let failure = Failure::new(*code, limit_text(*code));
+                    let failure = match &rows.model_said {
+                        Some(said) if *code == Code::TurnDeadline => model_never_answered(said),
+                        _ => Failure::new(*code, limit_text(*code)),
+                    };
                     let ending = TurnEnding {
                         status: pb::TurnStatus::Failed,
                         failure: Some(&failure),
@@ -124,12 +129,23 @@ fn limit_text(code: Code) -> String {
     }
 }
 
+/// The turn's time is over, and its model could not answer until then: what it said last tells more than the clock does.
+pub fn model_never_answered(said: &Failure) -> Failure {
+    let way_out = "send another message to go on, or choose another model";
+    Failure::new(
+        said.code,
+        format!("the model did not answer within the turn's time; the last try: {}; {way_out}", said.message),
+    )
+}
+
 /// One statement, so that everything is of one moment.
 async fn read(db: impl PgExecutor<'_>, chat: ChatId) -> Result<Rows> {
     let rows = sqlx::query!(
         r#"SELECT c.user_id, c.wanted, c.seen, (extract(epoch FROM clock_timestamp()) * 1000)::bigint AS "now_ms!",
                   t.id AS "turn?", t.status AS "turn_status?", t.iteration AS "iteration?",
                   (extract(epoch FROM t.deadline_at) * 1000)::bigint AS deadline_ms,
+                  (extract(epoch FROM t.retry_at) * 1000)::bigint AS retry_ms,
+                  t.retry_code AS "retry_code?", t.retry_message AS "retry_message?",
                   k.id AS "call?", k.turn_id AS "call_turn?", k.status AS "call_status?", k.sent AS "sent?",
                   (extract(epoch FROM k.dispatched_at) * 1000)::bigint AS dispatched_ms,
                   (extract(epoch FROM k.not_before) * 1000)::bigint AS not_before_ms,
@@ -137,7 +153,7 @@ async fn read(db: impl PgExecutor<'_>, chat: ChatId) -> Result<Rows> {
                   d.id AS "daemon?", l.expires_at > clock_timestamp() AS here, d.incarnation = k.incarnation AS same_journal
            FROM chats c
            LEFT JOIN LATERAL (
-               SELECT o.id, o.status, o.iteration, o.deadline_at FROM turns o
+               SELECT o.id, o.status, o.iteration, o.deadline_at, o.retry_at, o.retry_code, o.retry_message FROM turns o
                WHERE o.chat_id = c.id AND o.ended_at IS NULL ORDER BY o.ordinal LIMIT 1
            ) t ON true
            LEFT JOIN tool_calls k ON k.chat_id = c.id AND k.ended_at IS NULL
@@ -153,7 +169,10 @@ async fn read(db: impl PgExecutor<'_>, chat: ChatId) -> Result<Rows> {
         id: TurnId(id),
         iteration: first.iteration.unwrap_or_default(),
         deadline_ms: first.deadline_ms,
+        not_before_ms: first.retry_ms,
     });
+    let said = |text: &Option<String>| text.clone().filter(|text| !text.is_empty());
+    let model_said = said(&first.retry_code).zip(said(&first.retry_message));
     let calls = rows.iter().filter_map(|row| {
         let sent = row.sent? > 0;
         let daemon = match (row.daemon, row.here) {
@@ -179,6 +198,7 @@ async fn read(db: impl PgExecutor<'_>, chat: ChatId) -> Result<Rows> {
         user: UserId(first.user_id),
         snapshot: Snapshot { now_ms: first.now_ms, turn, calls: calls.collect(), rounds_max: limits::TURN_ROUNDS_MAX },
         status: first.turn_status.as_deref().map(turn_status),
+        model_said: model_said.map(|(code, text)| Failure::new(Code::parse(&code), text)),
         wanted: first.wanted,
         seen: first.seen,
     })

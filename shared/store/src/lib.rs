@@ -31,6 +31,7 @@ mod turns;
 mod users;
 
 pub use daemons::DAEMON_SCOPE;
+pub use drive::model_never_answered;
 pub use error::StoreError;
 pub use lead::Lead;
 pub use model::*;

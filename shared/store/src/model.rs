@@ -203,6 +203,8 @@ pub struct Attempt {
     pub iteration: i32,
     /// An earlier attempt of this round did not come to its end.
     pub restarted: bool,
+    /// Failures of this round's model that were waited for.
+    pub retries: i32,
     pub model: String,
     pub mode: pb::ChatMode,
     pub traceparent: String,

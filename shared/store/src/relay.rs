@@ -50,12 +50,39 @@ impl Store {
         .await
     }
 
+    /// Chats whose model is to be asked again by now and that nobody has looked at. The wake is wanted by its row from here
+    /// on, so that one that is lost is found as any other.
+    pub async fn due_retries(&self, late: Duration, limit: i64) -> Result<Vec<Wake>> {
+        self.run("due_retries", async || {
+            let rows = sqlx::query!(
+                r#"WITH due AS (
+                       SELECT c.id, t.traceparent FROM turns t JOIN chats c ON c.id = t.chat_id
+                       WHERE t.retry_at < now() - $1 * interval '1 second' AND t.ended_at IS NULL AND c.wanted = c.seen
+                       ORDER BY t.retry_at LIMIT $2 FOR NO KEY UPDATE OF c SKIP LOCKED
+                   )
+                   UPDATE chats c SET wanted = wanted + 1, wanted_at = now() FROM due WHERE c.id = due.id
+                   RETURNING c.id, c.user_id, due.traceparent"#,
+                late.as_secs_f64(),
+                limit,
+            )
+            .fetch_all(&self.pool)
+            .await?;
+            let wakes = rows.into_iter().map(|row| Wake {
+                chat: ChatId(row.id),
+                user: UserId(row.user_id),
+                traceparent: row.traceparent,
+            });
+            Ok(wakes.collect())
+        })
+        .await
+    }
+
     /// Chats with an open turn, or with a call that settles behind one, that the relay has not woken for long.
     pub async fn stale_open_turns(&self, limit: i64) -> Result<Vec<Wake>> {
         self.run("stale_open_turns", async || {
             let rows = sqlx::query!(
                 r#"WITH open AS (
-                       SELECT chat_id, bool_or(status NOT IN ('waiting_approval', 'waiting_daemon')) AS works
+                       SELECT chat_id, bool_or(status NOT IN ('waiting_approval', 'waiting_daemon') AND retry_at IS NULL) AS works
                        FROM turns WHERE ended_at IS NULL GROUP BY chat_id
                        UNION ALL
                        SELECT DISTINCT chat_id, false FROM tool_calls WHERE ended_at IS NULL AND cancel_asked_at IS NOT NULL

@@ -51,7 +51,7 @@ macro_rules! turns {
             crate::rows::TurnRow,
             "SELECT t.id, t.chat_id, t.message_id, t.ordinal, t.status, t.iteration, t.fence, t.live_message_id, t.producer,
                     t.traceparent, t.model, t.mode, t.cancel_requested, t.error_code, t.error_message, t.usage,
-                    t.created_at, t.started_at, t.ended_at FROM turns t " + $rest $(, $arg)*
+                    t.created_at, t.started_at, t.ended_at, t.retry_at, t.retry_message FROM turns t " + $rest $(, $arg)*
         )
     };
     (RETURNING $statement:tt $(, $arg:expr)* $(,)?) => {
@@ -59,7 +59,7 @@ macro_rules! turns {
             crate::rows::TurnRow,
             $statement + " RETURNING t.id, t.chat_id, t.message_id, t.ordinal, t.status, t.iteration, t.fence, t.live_message_id,
                     t.producer, t.traceparent, t.model, t.mode, t.cancel_requested, t.error_code,
-                    t.error_message, t.usage, t.created_at, t.started_at, t.ended_at" $(, $arg)*
+                    t.error_message, t.usage, t.created_at, t.started_at, t.ended_at, t.retry_at, t.retry_message" $(, $arg)*
         )
     };
 }
@@ -199,6 +199,8 @@ pub(crate) struct TurnRow {
     pub created_at: DateTime<Utc>,
     pub started_at: Option<DateTime<Utc>>,
     pub ended_at: Option<DateTime<Utc>>,
+    pub retry_at: Option<DateTime<Utc>>,
+    pub retry_message: String,
 }
 
 impl TurnRow {
@@ -207,6 +209,7 @@ impl TurnRow {
     }
 
     pub fn to_pb(&self) -> pb::Turn {
+        let waits = self.retry_at.filter(|_| self.ended_at.is_none());
         pb::Turn {
             id: self.id.to_string(),
             chat_id: self.chat_id.to_string(),
@@ -222,6 +225,8 @@ impl TurnRow {
             started_at: time(self.started_at),
             ended_at: time(self.ended_at),
             usage: Some(usage(&self.usage)),
+            waiting_for: waits.map(|_| self.retry_message.clone()).unwrap_or_default(),
+            retry_at: time(waits),
         }
     }
 }

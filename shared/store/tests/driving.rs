@@ -3,6 +3,8 @@
 
 mod support;
 
+use std::time::Duration;
+
 use reliant_store::*;
 use reliant_types::*;
 use support::*;
@@ -210,6 +212,46 @@ async fn a_turn_past_its_deadline_or_its_rounds_fails() {
     assert_eq!(world.step().await, Step::Idle);
     let (row, _) = world.store().get_turn(world.user, turn).await.unwrap();
     assert_eq!(row.error_code, "TURN_ROUNDS");
+    world.log().await;
+}
+
+#[tokio::test]
+async fn a_model_that_cannot_answer_is_asked_later_and_the_clock_runs() {
+    let world = World::new().await;
+    let turn = world.turn("a").await;
+    let said = Failure::new(Code::ProviderUnavailable, "overloaded (status 529)");
+    let attempt = world.claim(turn, 0).await;
+    let later = world.store().retry_later(turn, attempt.fence, Duration::from_secs(60), &said).await.unwrap();
+    assert!(later.value);
+    let again = world.store().retry_later(turn, attempt.fence - 1, Duration::from_secs(1), &said).await.unwrap();
+    assert!(!again.value, "an older attempt says nothing");
+    let shown = world.store().get_turn(world.user, turn).await.unwrap().0;
+    assert_eq!((shown.status(), shown.waiting_for.as_str()), (pb::TurnStatus::Running, "overloaded (status 529)"));
+    let Step::Wait { for_ms: Some(ms), .. } = world.step().await else { panic!("it is waited") };
+    assert!((50_000..=60_000).contains(&ms), "{ms}");
+    assert!(world.store().due_retries(Duration::ZERO, 10).await.unwrap().is_empty());
+
+    // Due: the relay wakes it, once.
+    world.db.execute("UPDATE turns SET retry_at = now() - interval '1 second'").await;
+    assert_eq!(world.store().due_retries(Duration::ZERO, 10).await.unwrap().len(), 1);
+    assert!(world.store().due_retries(Duration::ZERO, 10).await.unwrap().is_empty(), "it is wanted already");
+    assert!(matches!(world.step().await, Step::CallModel { .. }));
+    let attempt = world.claim(turn, 0).await;
+    assert_eq!((attempt.retries, attempt.restarted), (1, true));
+    let shown = world.store().get_turn(world.user, turn).await.unwrap().0;
+    assert_eq!((shown.waiting_for.as_str(), shown.retry_at), ("", None), "it is asked now");
+
+    // The deadline ends it, and names what was said last.
+    let _ = world.store().retry_later(turn, attempt.fence, Duration::from_secs(60), &said).await.unwrap();
+    world.db.execute("UPDATE turns SET deadline_at = now() + interval '5 seconds'").await;
+    let Step::Wait { for_ms: Some(ms), .. } = world.step().await else { panic!("it is waited") };
+    assert!(ms <= 5000, "no longer than the turn may take: {ms}");
+    world.db.execute("UPDATE turns SET deadline_at = now() - interval '1 second'").await;
+    assert_eq!(world.step().await, Step::Idle);
+    let failed = world.store().get_turn(world.user, turn).await.unwrap().0;
+    assert_eq!((failed.status(), failed.error_code.as_str()), (pb::TurnStatus::Failed, "PROVIDER_UNAVAILABLE"));
+    assert!(failed.error_message.contains("overloaded (status 529)"), "{failed:?}");
+    assert!(failed.waiting_for.is_empty() && failed.retry_at.is_none());
     world.log().await;
 }
 

@@ -38,7 +38,7 @@ impl Messages {
             client_message_id,
             text: request.text,
             traceparent: trace.traceparent,
-            deadline: limits::TURN_DEADLINE,
+            deadline: self.0.turn_deadline,
         };
         let committed = self.0.deps.store.send_message(&message).await.map_err(refused)?;
         // The rows' stamps begin what comes after; the commit is part of that.

@@ -34,7 +34,7 @@ impl Sim {
         let task = tokio::spawn(async move { built.run(async { drop(stopped.await) }).await.unwrap() });
         let mut config = ModelsConfig {
             stall: Duration::from_millis(1500),
-            retry: RetryPolicy { attempts_max: 4, initial: Duration::from_millis(5), max: Duration::from_millis(20) },
+            retry: RetryPolicy { initial: Duration::from_millis(5), max: Duration::from_millis(20) },
             ..ModelsConfig::default()
         }
         .with_sim(&base_url);
@@ -50,7 +50,12 @@ impl Sim {
 
     /// With retries before the first event.
     pub async fn ask_patiently(&self, model: &str, prompt: &str) -> Result<Answer, ModelError> {
-        let deadline = Instant::now() + Duration::from_secs(10);
+        self.ask_for(Duration::from_secs(10), model, prompt).await
+    }
+
+    /// With retries before the first event, for so long.
+    pub async fn ask_for(&self, patience: Duration, model: &str, prompt: &str) -> Result<Answer, ModelError> {
+        let deadline = Instant::now() + patience;
         read(self.models.stream_with_retry(request(model, prompt), deadline).await?).await
     }
 }

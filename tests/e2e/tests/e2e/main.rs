@@ -7,6 +7,7 @@ mod bad_input;
 mod foreign;
 mod limits;
 mod mcp;
+mod model_retries;
 mod observability;
 mod replicas;
 mod scripts;
