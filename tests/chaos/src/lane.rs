@@ -82,6 +82,8 @@ async fn play(stage: &Stage, cell: Cell, chance: &mut Chance, tally: &Arc<Tally>
     scene.let_go().await;
     let begun = Instant::now();
     let missing = scene.finish(begun + END_PATIENCE).await?;
+    // The fault may last longer than the turn that it hit.
+    let ended = Instant::now();
     let (strike_at, healing) = match played {
         Ok(Some(struck)) => struck,
         Ok(None) => return missed("the step had passed, or its process was busy with another fault"),
@@ -97,7 +99,7 @@ async fn play(stage: &Stage, cell: Cell, chance: &mut Chance, tally: &Arc<Tally>
     for missing in &missing {
         tally.problem(format!("{cell}: {missing}"));
     }
-    tally.settled(cell, strike_at.elapsed());
+    tally.settled(cell, ended.saturating_duration_since(strike_at));
     Ok(Played::Hit)
 }
 

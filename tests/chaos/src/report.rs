@@ -15,6 +15,9 @@ use serde_json::{Map, Value, json};
 
 use crate::matrix::{Cell, Kind, Process, Step};
 
+/// A turn that takes longer to recover is named, so that its logs can be read.
+const SLOW: Duration = Duration::from_secs(15);
+
 /// A fault that was done.
 #[derive(Debug, Clone)]
 pub struct Hit {
@@ -78,6 +81,9 @@ impl Tally {
     }
 
     pub fn settled(&self, cell: Cell, after: Duration) {
+        if after >= SLOW {
+            say(&format!("     {cell}: its turn ended {:.1} s after the fault", after.as_secs_f64()));
+        }
         self.settled.lock().push((cell, after));
     }
 
