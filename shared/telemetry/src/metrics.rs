@@ -196,7 +196,7 @@ metrics! {
     pub static QUEUE_DEPTH: IntGaugeVec = ("reliant_queue_depth", ["queue"]);
     /// Entries refused or dropped because a bounded queue was full, by queue.
     pub static QUEUE_REFUSED: IntCounterVec = ("reliant_queue_refused_total", ["queue"]);
-    /// Chats woken again by the relay, by reason (unseen, stale).
+    /// Chats woken again by the relay, by reason (unseen, stale, retry).
     pub static RELAY_REWAKES: IntCounterVec = ("reliant_relay_rewakes_total", ["reason"]);
     /// Wakes of chat workflows, by outcome.
     pub static WAKES: HistogramVec = ("reliant_wake_seconds", ["outcome"], SECONDS);
