@@ -61,8 +61,17 @@ pub fn run(root: &Path) -> Result<()> {
             ));
         }
     }
+    for path in files.iter().filter(|path| is_product(path)) {
+        let text = read(root, path)?;
+        found.extend(bare_errors(&text).map(|line| {
+            format!("{}:{line} logs an error without its causes; write error = %chain(&error)", path.display())
+        }));
+    }
     if found.is_empty() {
-        println!("checked: import directions, paths in documents, lock files, leftovers in {} files", files.len());
+        println!(
+            "checked: import directions, paths in documents, lock files, leftovers, logged errors in {} files",
+            files.len()
+        );
         return Ok(());
     }
     bail!("{} rules are broken:\n  {}", found.len(), found.join("\n  "))
@@ -117,6 +126,37 @@ fn named_paths(text: &str) -> Vec<String> {
     named
 }
 
+/// Rust that runs in production.
+fn is_product(path: &Path) -> bool {
+    let is_rust = path.extension().is_some_and(|extension| extension == "rs");
+    is_rust && (path.starts_with("shared") || path.starts_with("services"))
+}
+
+/// Lines on which a field of a log is an error by itself: `%error`, `?error`, or one as `dyn Error`.
+fn bare_errors(text: &str) -> impl Iterator<Item = usize> {
+    const NAMES: &[&str] = &["error", "err", "failure", "cause"];
+    let names_itself = |line: &str, sigil: char| {
+        line.match_indices(sigil).any(|(at, _)| {
+            let before = line[..at].chars().next_back();
+            let after = &line[at + 1..];
+            let name = &after[..after.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(after.len())];
+            let field = &after[name.len()..];
+            // A field of it, or a call, is something else.
+            NAMES.contains(&name) && !field.starts_with(['.', '(']) && matches!(before, Some(' ' | '(' | ',') | None)
+        })
+    };
+    let is_bare = move |line: &str| {
+        let cast = line.contains("tracing::") && line.contains("as &dyn");
+        names_itself(line, '%') || names_itself(line, '?') || cast
+    };
+    text.lines()
+        .enumerate()
+        .filter(move |(_, line)| is_bare(line))
+        .map(|(at, _)| at + 1)
+        .collect::<Vec<_>>()
+        .into_iter()
+}
+
 /// From the root, or beside the document that names it.
 fn exists(root: &Path, document: &Path, named: &str) -> bool {
     let beside = document.parent().map(|dir| root.join(dir).join(named));
@@ -134,6 +174,27 @@ mod tests {
         let text =
             "See `shared/types/src/limits.rs`, docs/adr/, (tests/e2e) and services/*; not a/b or https://x/docs/y.";
         assert_eq!(named_paths(text), ["docs/adr", "shared/types/src/limits.rs", "tests/e2e"]);
+    }
+
+    #[test]
+    fn an_error_that_is_logged_without_its_causes_is_found() {
+        let found = |line: &str| bare_errors(line).count() > 0;
+        for bad in [
+            r#"tracing::warn!(%error, "x");"#,
+            r#"    %error,"#,
+            r#"tracing::error!(error = ?error, "x");"#,
+            r#"tracing::warn!(error = &error as &dyn std::error::Error, "x");"#,
+        ] {
+            assert!(found(bad), "{bad}");
+        }
+        for good in [
+            r#"tracing::warn!(error = %chain(&error), "x");"#,
+            r#"tracing::info!(code = %failure.code, "x");"#,
+            "let rest = left % error_count;",
+            "Err(error)?",
+        ] {
+            assert!(!found(good), "{good}");
+        }
     }
 
     #[test]

@@ -1,10 +1,11 @@
 //! What every service of the api shares, and the shape of a handler: the caller is known, the request is checked, a
 //! [`Failure`] becomes a status in one place.
 
-use std::{error::Error as _, str::FromStr, sync::Arc, time::Duration};
+use std::{str::FromStr, sync::Arc, time::Duration};
 
 use reliant_middleware::StoreAuthenticator;
 use reliant_store::StoreError;
+use reliant_telemetry::chain;
 use reliant_types::{Code, Failure};
 use tonic::{Response, Status};
 
@@ -43,17 +44,11 @@ pub fn answer<T>(outcome: Result<T, Failure>) -> Result<Response<T>, Status> {
 
 /// A store's error as its caller meets it. What is nobody's mistake but ours is logged here, with its chain, once.
 pub fn refused(error: StoreError) -> Failure {
-    let mut chain = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        chain.push_str(": ");
-        chain.push_str(&cause.to_string());
-        source = cause.source();
-    }
+    let causes = chain(&error).to_string();
     let failure = Failure::from(error);
     match failure.code {
-        Code::Internal => tracing::error!(error = chain, "a request failed in the store"),
-        Code::Unavailable => tracing::warn!(error = chain, "the store did not answer"),
+        Code::Internal => tracing::error!(error = causes, "a request failed in the store"),
+        Code::Unavailable => tracing::warn!(error = causes, "the store did not answer"),
         _ => {}
     }
     failure

@@ -7,7 +7,7 @@ use reliant_bus::{Bus, FeedSubject, UpdateSubject};
 use reliant_flows::Flows;
 use reliant_runtime::{Drain, TaskKind};
 use reliant_store::{Committed, Wake};
-use reliant_telemetry::{TraceContext, hop, metrics};
+use reliant_telemetry::{TraceContext, chain, hop, metrics};
 use reliant_types::{ChatId, UserId, pb};
 use tokio::sync::Semaphore;
 use tracing::Instrument as _;
@@ -41,8 +41,8 @@ impl Effects {
         let (bus, flows) = (self.bus.clone(), self.flows.clone());
         let update =
             if events.is_empty() { TraceContext::default() } else { Bus::context_of_publish::<UpdateSubject>() };
-        // Nobody makes a span of it.
-        let feed_context = TraceContext::incoming();
+        let feed_context =
+            if feed.is_empty() { TraceContext::default() } else { Bus::context_of_publish::<FeedSubject>() };
         let asked = TraceContext::incoming();
         self.spawn("hints and wake", async move {
             let hints = async {
@@ -78,7 +78,7 @@ async fn publish_events(bus: &Bus, trace: &TraceContext, user: UserId, events: V
     for events in batches(events) {
         let update = pb::ChatUpdate { events, ..Default::default() };
         if let Err(error) = bus.publish_with(trace, &UpdateSubject { user, chat }, &update).await {
-            tracing::debug!(%error, "a hint was not published; viewers will find what it told of");
+            tracing::debug!(error = %chain(&error), "a hint was not published; viewers will find what it told of");
         }
     }
 }
@@ -110,7 +110,7 @@ async fn publish_feed(bus: &Bus, trace: &TraceContext, user: UserId, events: Vec
         return;
     }
     if let Err(error) = bus.publish_with(trace, &FeedSubject { user }, &pb::FeedUpdate { events }).await {
-        tracing::debug!(%error, "a hint was not published; viewers will find what it told of");
+        tracing::debug!(error = %chain(&error), "a hint was not published; viewers will find what it told of");
     }
 }
 
@@ -128,7 +128,7 @@ async fn wake_chat(flows: &Flows, wake: Wake, asked: &TraceContext) {
         Ok(()) => timer.done("ok"),
         Err(error) => {
             timer.done("failed");
-            tracing::warn!(%error, chat.id = %wake.chat, "a chat was not woken; the relay will do it");
+            tracing::warn!(error = %chain(&error), chat.id = %wake.chat, "a chat was not woken; the relay will do it");
         }
     }
 }

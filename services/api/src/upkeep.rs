@@ -6,7 +6,7 @@ use reliant_bus::{ControlSubject, Subscription};
 use reliant_middleware::StoreAuthenticator;
 use reliant_runtime::Drain;
 use reliant_store::{Heartbeat, Store};
-use reliant_telemetry::metrics;
+use reliant_telemetry::{chain, metrics};
 use reliant_types::{InstanceId, TokenId, pb::control::Kind};
 
 const BEAT_INTERVAL: Duration = Duration::from_secs(5);
@@ -25,7 +25,7 @@ pub async fn beat(store: Store, id: InstanceId, addr: SocketAddr, drain: Drain) 
             draining: drain.is_draining(),
         };
         if let Err(error) = store.heartbeat_instance(&beat).await {
-            tracing::debug!(%error, "the heartbeat was not stored");
+            tracing::debug!(error = %chain(&error), "the heartbeat was not stored");
         }
     }
 }
@@ -33,6 +33,7 @@ pub async fn beat(store: Store, id: InstanceId, addr: SocketAddr, drain: Drain) 
 /// Makes revoked tokens void at once. Lost words are found by the authenticator's own poll.
 pub async fn hear_revocations(authenticator: StoreAuthenticator, mut control: Subscription<ControlSubject>) {
     while let Some(heard) = control.next().await {
+        let _working = heard.span().entered();
         if let Some(Kind::TokenRevoked(revoked)) = heard.message.kind
             && let Ok(token) = revoked.token_id.parse::<TokenId>()
         {

@@ -12,6 +12,7 @@ use reliant_middleware::{Jwt, StoreAuthenticator};
 use reliant_models::Models;
 use reliant_runtime::{Drain, InstanceId, Role};
 use reliant_store::Store;
+use reliant_telemetry::chain;
 use reliant_worker::WorkerDeps;
 
 use crate::{
@@ -86,6 +87,7 @@ pub fn telemetry(config: &Config, service: &str, instance: InstanceId) -> Result
     let mut telemetry = config.telemetry.clone();
     telemetry.service_name = service.to_owned();
     telemetry.instance_id = instance.to_string();
+    telemetry.takes_page_spans = service == "reliant-api";
     reliant_telemetry::init(&telemetry).context("telemetry could not be started")
 }
 
@@ -102,7 +104,7 @@ pub async fn connect_store(config: &Config) -> Result<Store> {
         if tokio::time::Instant::now() >= deadline {
             return Err(error).context("Postgres cannot be reached; check store.url");
         }
-        tracing::warn!(%error, "Postgres is not reachable yet; trying again");
+        tracing::warn!(error = %chain(&error), "Postgres is not reachable yet; trying again");
         tokio::time::sleep(Duration::from_secs(1)).await;
     }
 }

@@ -2,6 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use reliant_telemetry::chain;
 use reliant_types::Incarnation;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -182,7 +183,7 @@ impl Built {
         if now != *written {
             *written = Status { written_at: chrono::Utc::now().to_rfc3339(), ..now };
             if let Err(error) = status::write(self.state_dir.path(), written) {
-                tracing::debug!(error = %error, "the status file cannot be written");
+                tracing::debug!(error = %chain(&error), "the status file cannot be written");
             }
         }
     }

@@ -6,7 +6,7 @@ use parking_lot::Mutex;
 use prost::Message;
 use reliant_bus::{Bus, ResultSubject, UpdateSubject};
 use reliant_runtime::{Backoff, Drain, TaskKind};
-use reliant_telemetry::{TraceContext, hop, metrics};
+use reliant_telemetry::{TraceContext, chain, hop, metrics};
 use reliant_types::{
     ChatId, DaemonId, ToolCallId, UserId, limits,
     pb::{self, connect_response::Frame},
@@ -91,8 +91,12 @@ async fn deliver(
     gone: &CancellationToken,
 ) -> Option<pb::ResultAck> {
     let mut backoff = Backoff::new(RETRY_FIRST, RETRY_MAX);
+    let mut before = TraceContext::default();
     while !gone.is_cancelled() {
-        match bus.request_with(trace, topic, result, limits::NATS_REQUEST_TIMEOUT).await {
+        let sent = Bus::context_of_request::<ResultSubject>(trace, &before);
+        let asked = bus.request_with(&sent, topic, result, limits::NATS_REQUEST_TIMEOUT).await;
+        before = sent;
+        match asked {
             // The ids are ours to say: an answer must not acknowledge anything else.
             Ok(ack) => {
                 return Some(pb::ResultAck {
@@ -103,7 +107,7 @@ async fn deliver(
             }
             Err(error) => {
                 metrics::TOOL_RESULTS.with_label_values(&["undelivered"]).inc();
-                tracing::debug!(%error, tool.call_id = %topic.call, "a result was not taken; it is sent again");
+                tracing::debug!(error = %chain(&error), tool.call_id = %topic.call, "a result was not taken; it is sent again");
             }
         }
         tokio::select! {
@@ -206,7 +210,7 @@ impl Declarer {
                 match declare(&hub, &seat, &declarations).await {
                     Ok(()) => backoff.reset(),
                     Err(error) => {
-                        tracing::warn!(%error, daemon.id = %seat.daemon, "declarations were not stored; tried again");
+                        tracing::warn!(error = %chain(&error), daemon.id = %seat.daemon, "declarations were not stored; tried again");
                         slot.lock().next.get_or_insert(declarations);
                         tokio::select! {
                             () = backoff.wait() => {}
@@ -270,7 +274,7 @@ pub(crate) async fn release(hub: &Hub, seat: &Seat) {
             hub.publish_feed(seat.user, committed.feed).await;
         }
         // It runs out by itself.
-        Err(error) => tracing::debug!(%error, daemon.id = %seat.daemon, "a lease was not given back"),
+        Err(error) => tracing::debug!(error = %chain(&error), daemon.id = %seat.daemon, "a lease was not given back"),
     }
 }
 

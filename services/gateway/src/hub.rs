@@ -5,6 +5,7 @@ use parking_lot::Mutex;
 use reliant_bus::{Bus, FeedSubject, PresenceSubject};
 use reliant_middleware::Principal;
 use reliant_store::Store;
+use reliant_telemetry::chain;
 use reliant_types::{DaemonId, Incarnation, InstanceId, TokenId, UserId, pb};
 use std::{collections::HashMap, sync::Arc, time::SystemTime};
 use tokio::sync::watch;
@@ -168,7 +169,7 @@ impl Hub {
             incarnation: seat.incarnation.to_string(),
         };
         if let Err(error) = self.bus.publish(&topic, &presence).await {
-            tracing::debug!(%error, daemon.id = %seat.daemon, "presence was not published");
+            tracing::debug!(error = %chain(&error), daemon.id = %seat.daemon, "presence was not published");
         }
     }
 
@@ -178,7 +179,7 @@ impl Hub {
             return;
         }
         if let Err(error) = self.bus.publish(&FeedSubject { user }, &pb::FeedUpdate { events }).await {
-            tracing::debug!(%error, user.id = %user, "a feed hint was not published");
+            tracing::debug!(error = %chain(&error), user.id = %user, "a feed hint was not published");
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use reliant_runtime::Drain;
 use reliant_store::Heartbeat;
+use reliant_telemetry::chain;
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 use tokio::time::MissedTickBehavior;
 
@@ -24,7 +25,7 @@ pub(crate) async fn beat(hub: Arc<Hub>, addr: SocketAddr, drain: Drain) {
             draining: drain.is_draining(),
         };
         if let Err(error) = hub.store.heartbeat_instance(&beat).await {
-            tracing::debug!(%error, "the heartbeat was not stored");
+            tracing::debug!(error = %chain(&error), "the heartbeat was not stored");
         }
     }
 }

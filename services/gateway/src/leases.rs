@@ -1,7 +1,7 @@
 //! What keeps a gateway's daemons its own: one renewal for all leases, and the rule that a gateway without NATS holds
 //! nobody. Whoever lost a lease is told to go away; nobody is evicted for a renewal that merely failed.
 
-use reliant_telemetry::metrics;
+use reliant_telemetry::{chain, metrics};
 use reliant_types::limits;
 use std::{collections::HashSet, sync::Arc, time::Duration};
 use tokio::time::MissedTickBehavior;
@@ -46,7 +46,7 @@ pub(crate) async fn renew(hub: Arc<Hub>) {
             }
             Err(error) => {
                 metrics::LEASE_RENEWALS.with_label_values(&["failed"]).inc();
-                tracing::warn!(%error, daemons = seats.len(), "leases were not renewed; tried again");
+                tracing::warn!(error = %chain(&error), daemons = seats.len(), "leases were not renewed; tried again");
             }
         }
     }

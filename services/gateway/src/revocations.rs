@@ -2,6 +2,7 @@
 //! each second, as a message may be lost.
 
 use reliant_bus::{ControlSubject, Subscription};
+use reliant_telemetry::chain;
 use reliant_types::{DaemonId, TokenId, pb::control::Kind};
 use std::{
     collections::HashSet,
@@ -19,21 +20,25 @@ const OVERLAP: chrono::TimeDelta = chrono::TimeDelta::seconds(60);
 /// Follows the messages until the bus is closed.
 pub(crate) async fn listen(hub: Arc<Hub>, mut control: Subscription<ControlSubject>) {
     while let Some(received) = control.next().await {
-        match received.message.kind {
-            Some(Kind::DaemonRevoked(revoked)) => {
-                if let Ok(daemon) = revoked.daemon_id.parse::<DaemonId>()
-                    && let Some(seat) = hub.seat(daemon)
-                {
-                    seat.end(End::Revoked);
-                }
+        received.span().in_scope(|| revoke(&hub, received.message.kind));
+    }
+}
+
+fn revoke(hub: &Hub, kind: Option<Kind>) {
+    match kind {
+        Some(Kind::DaemonRevoked(revoked)) => {
+            if let Ok(daemon) = revoked.daemon_id.parse::<DaemonId>()
+                && let Some(seat) = hub.seat(daemon)
+            {
+                seat.end(End::Revoked);
             }
-            Some(Kind::TokenRevoked(revoked)) => {
-                if let Ok(token) = revoked.token_id.parse::<TokenId>() {
-                    end_tokens(&hub, &HashSet::from([token]));
-                }
-            }
-            None => {}
         }
+        Some(Kind::TokenRevoked(revoked)) => {
+            if let Ok(token) = revoked.token_id.parse::<TokenId>() {
+                end_tokens(hub, &HashSet::from([token]));
+            }
+        }
+        None => {}
     }
 }
 
@@ -50,7 +55,7 @@ pub(crate) async fn poll(hub: Arc<Hub>) {
                 since = now;
                 end_tokens(&hub, &tokens.into_iter().collect());
             }
-            Err(error) => tracing::debug!(%error, "revocations could not be read"),
+            Err(error) => tracing::debug!(error = %chain(&error), "revocations could not be read"),
         }
         end_expired(&hub, SystemTime::now());
     }

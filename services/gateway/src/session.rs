@@ -4,7 +4,7 @@
 use futures::{FutureExt, StreamExt};
 use reliant_bus::{BusError, PrefixSubject, Received, Subscription, ToolSubject};
 use reliant_runtime::{Drain, TaskKind};
-use reliant_telemetry::{TraceContext, hop, metrics};
+use reliant_telemetry::{TraceContext, chain, hop, metrics};
 use reliant_types::pb::{self, connect_request, connect_response::Frame, tool_reply::Reply, tool_request::Request};
 use std::{sync::Arc, time::Duration};
 use tokio::{sync::OwnedSemaphorePermit, time::MissedTickBehavior};
@@ -151,6 +151,7 @@ impl Routes {
     }
 
     fn on_tool(&mut self, mut request: Received<ToolSubject>) {
+        let _working = request.span().entered();
         let (kind, frame) = match std::mem::take(&mut request.message).request {
             Some(Request::Dispatch(dispatch)) => {
                 if dispatch.user_id != self.seat.user.to_string() {
@@ -171,6 +172,7 @@ impl Routes {
     }
 
     fn on_prefix(&mut self, mut request: Received<PrefixSubject>) {
+        let _working = request.span().entered();
         let prefix = std::mem::take(&mut request.message);
         if prefix.user_id != self.seat.user.to_string() {
             tracing::warn!(daemon.id = %self.seat.daemon, "a refill for another user was not forwarded");
@@ -268,7 +270,7 @@ impl Routes {
 
 fn log_unanswered(result: Result<(), BusError>) {
     if let Err(error) = result {
-        tracing::debug!(%error, "a daemon's answer did not reach the one who asked");
+        tracing::debug!(error = %chain(&error), "a daemon's answer did not reach the one who asked");
     }
 }
 

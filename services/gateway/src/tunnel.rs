@@ -5,7 +5,7 @@ use reliant_middleware::{Principal, require_daemon};
 use reliant_rpc::tunnel_service_server::TunnelService;
 use reliant_runtime::{Drain, TaskKind};
 use reliant_store::{DaemonHello, StoreError};
-use reliant_telemetry::{TraceContext, metrics};
+use reliant_telemetry::{TraceContext, chain, metrics};
 use reliant_types::{
     Code, DaemonId, Failure, Incarnation,
     pb::{self, connect_request, connect_response::Frame},
@@ -96,7 +96,7 @@ impl Tunnel {
                 return Ok(outgoing);
             }
             Err(error) => {
-                tracing::warn!(error = &error as &dyn std::error::Error, daemon.id = %daemon, "a lease was not given");
+                tracing::warn!(error = %chain(&error), daemon.id = %daemon, "a lease was not given");
                 return Err(error.into());
             }
         };

@@ -12,6 +12,7 @@ pub mod tree;
 
 use std::net::SocketAddr;
 
+use reliant_telemetry::chain;
 use reliant_types::{Code, Failure};
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
@@ -76,7 +77,7 @@ impl Observe {
             .serve_with_incoming(TcpListenerStream::new(listener));
         let server = tokio::spawn(async move {
             if let Err(error) = server.await {
-                tracing::error!(error = &error as &dyn std::error::Error, "the trace receiver ended");
+                tracing::error!(error = %chain(&error), "the trace receiver ended");
             }
         });
         Ok(Self { addr, store, server })

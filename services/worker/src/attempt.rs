@@ -7,7 +7,7 @@ use reliant_flows::Heart;
 use reliant_models::{BlockKind, ModelError, ModelRequest, ModelStream, ToolSpec, fit_history};
 use reliant_runtime::Backoff;
 use reliant_store::{Attempt, CommitOutcome, Committed, Lead, NewAssistant, NewBlock, NewCall, Notice};
-use reliant_telemetry::{TraceContext, metrics::Phase};
+use reliant_telemetry::{TraceContext, chain, metrics::Phase};
 use reliant_types::{Code, Failure, ToolCallId, limits, pb, timestamp};
 use tokio::time::Instant;
 
@@ -265,11 +265,11 @@ async fn commit(
                 break committed;
             }
             Err(error) if error.is_retryable() && Instant::now() < deadline => {
-                tracing::warn!(%error, turn.id = %message.turn, "a message was not committed; trying again");
+                tracing::warn!(error = %chain(&error), turn.id = %message.turn, "a message was not committed; trying again");
             }
             // What cannot be stored now cannot be stored later, and asking the model again costs.
             Err(error) if !error.is_retryable() => {
-                tracing::error!(%error, turn.id = %message.turn, "a message cannot be stored");
+                tracing::error!(error = %chain(&error), turn.id = %message.turn, "a message cannot be stored");
                 return Ok(End::Failed(error.into()));
             }
             Err(error) => return Err(error.into()),

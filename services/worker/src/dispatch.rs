@@ -6,10 +6,10 @@
 use std::{sync::Arc, time::Duration};
 
 use futures::StreamExt;
-use reliant_bus::{BusError, ToolSubject};
+use reliant_bus::{BusError, ToolSubject, Topic as _};
 use reliant_flows::Step;
 use reliant_store::{CancelCall, DispatchOrder};
-use reliant_telemetry::{TraceContext, hop_span, metrics};
+use reliant_telemetry::{TraceContext, chain, hop_span, metrics};
 use reliant_types::{ChatId, ToolCallId, TurnId, limits, pb};
 use tracing::Instrument;
 
@@ -82,6 +82,10 @@ async fn send(engine: &Arc<Engine>, order: DispatchOrder) -> Result<Sent, Engine
     let span = tracing::info_span!(
         "tool.dispatch",
         otel.kind = "producer",
+        messaging.system = "nats",
+        messaging.operation.name = "request",
+        messaging.operation.type = "send",
+        messaging.destination.template = ToolSubject::TEMPLATE,
         tool.call_id = %call,
         tool.generation = generation,
         gen_ai.tool.name = order.call.tool,
@@ -108,7 +112,7 @@ async fn send(engine: &Arc<Engine>, order: DispatchOrder) -> Result<Sent, Engine
         }
         Err(error) => {
             count(if matches!(error, BusError::Timeout(_)) { "timeout" } else { "failed" });
-            tracing::warn!(%error, tool.call_id = %call, "a dispatch was not answered");
+            tracing::warn!(error = %chain(&error), tool.call_id = %call, "a dispatch was not answered");
             return Ok(Sent::Unclear);
         }
     };
@@ -153,7 +157,7 @@ async fn mark_running(
     async {
         match engine.store.dispatch_replied(call, generation, &reply).await {
             Ok(committed) => engine.tell(committed),
-            Err(error) => tracing::debug!(%error, "a call was not marked as running"),
+            Err(error) => tracing::debug!(error = %chain(&error), "a call was not marked as running"),
         }
     }
     .instrument(span)
@@ -169,12 +173,12 @@ pub async fn cancel(engine: &Arc<Engine>, cancel: CancelCall) {
         Ok(pb::ToolReply { reply: Some(pb::tool_reply::Reply::Cancel(reply)) }) => reply,
         Ok(_) => return,
         Err(error) => {
-            tracing::debug!(%error, tool.call_id = %call, "a cancel was not answered");
+            tracing::debug!(error = %chain(&error), tool.call_id = %call, "a cancel was not answered");
             return;
         }
     };
     match engine.store.cancel_replied(call, generation, &reply).await {
         Ok(committed) => engine.tell(committed),
-        Err(error) => tracing::debug!(%error, tool.call_id = %call, "a cancel's answer was not stored"),
+        Err(error) => tracing::debug!(error = %chain(&error), tool.call_id = %call, "a cancel's answer was not stored"),
     }
 }

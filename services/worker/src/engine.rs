@@ -14,7 +14,7 @@ use reliant_bus::Bus;
 use reliant_flows::{DriverError, Flows, Step};
 use reliant_models::Models;
 use reliant_store::{Committed, Store, StoreError, Wake};
-use reliant_telemetry::{TraceContext, hop, metrics};
+use reliant_telemetry::{TraceContext, chain, hop, metrics};
 use reliant_types::{ChatId, Code, InstanceId, TurnId, pb};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -81,7 +81,7 @@ impl Engine {
         tokio::spawn(async move {
             let _place = place;
             if let Err(error) = engine.next_step(chat).await {
-                tracing::debug!(%error, chat.id = %chat, "a chat was not looked at; the relay wakes it");
+                tracing::debug!(error = %chain(&error), chat.id = %chat, "a chat was not looked at; the relay wakes it");
             }
         });
     }
@@ -115,7 +115,7 @@ impl Engine {
             Ok(()) => timer.done("ok"),
             Err(error) => {
                 timer.done("failed");
-                tracing::debug!(%error, chat.id = %wake.chat, "a wake failed; the relay repeats it");
+                tracing::debug!(error = %chain(&error), chat.id = %wake.chat, "a wake failed; the relay repeats it");
             }
         }
     }

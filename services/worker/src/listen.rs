@@ -7,7 +7,9 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use reliant_bus::{BusError, CancelSubject, PrefixSubject};
 use reliant_runtime::Drain;
 use reliant_store::Heartbeat;
+use reliant_telemetry::chain;
 use reliant_types::limits;
+use tracing::Instrument as _;
 
 use crate::engine::Engine;
 
@@ -16,10 +18,13 @@ const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(5);
 pub async fn prefixes(engine: Arc<Engine>) -> Result<(), BusError> {
     let mut requests = engine.bus.subscribe(&PrefixSubject { producer: engine.instance.0 }).await?;
     while let Some(received) = requests.next().await {
-        let reply = engine.live.refill(&received.message);
-        if let Err(error) = received.reply(&engine.bus, &reply).await {
-            tracing::debug!(%error, "a refill was not answered; it is asked for again");
-        }
+        let answer = async {
+            let reply = engine.live.refill(&received.message);
+            if let Err(error) = received.reply(&engine.bus, &reply).await {
+                tracing::debug!(error = %chain(&error), "a refill was not answered; it is asked for again");
+            }
+        };
+        answer.instrument(received.span()).await;
     }
     Ok(())
 }
@@ -28,7 +33,7 @@ pub async fn cancels(engine: Arc<Engine>) -> Result<(), BusError> {
     let mut hints = engine.bus.subscribe(&CancelSubject { producer: engine.instance.0 }).await?;
     while let Some(received) = hints.next().await {
         if let Ok(turn) = received.message.turn_id.parse() {
-            engine.cancels.cancel(turn);
+            received.span().in_scope(|| engine.cancels.cancel(turn));
         }
     }
     Ok(())
@@ -67,7 +72,7 @@ pub async fn heartbeat(engine: Arc<Engine>, address: SocketAddr, drain: Drain) {
         };
         let told = engine.store.heartbeat_instance(&beat).await;
         if let Err(error) = told {
-            tracing::debug!(%error, "the instance's heartbeat was not stored");
+            tracing::debug!(error = %chain(&error), "the instance's heartbeat was not stored");
         }
     }
 }

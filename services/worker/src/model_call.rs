@@ -9,7 +9,7 @@ use std::{sync::Arc, time::Duration};
 use reliant_flows::{Heart, ModelOrder, Step};
 use reliant_models::tried_again;
 use reliant_store::{Attempt, Claim, StoreError, model_never_answered};
-use reliant_telemetry::{TraceContext, hop, metrics};
+use reliant_telemetry::{TraceContext, chain, hop, metrics};
 use reliant_types::{Code, Failure, ToolCallId, TurnId};
 use tokio::time::Instant;
 use tracing::Instrument;
@@ -164,6 +164,7 @@ async fn round(
             Err(EngineError::Stopped) => return Err(release(engine, turn, fence).await),
             Err(error) => return Err(error),
         };
+        span.in_scope(|| tracing::warn!(error = %chain(&failure), code = %failure.code, "a turn failed"));
         let failed = engine.store.fail_turn(turn, Some(fence), &failure).instrument(span.clone()).await?;
         span.in_scope(|| engine.tell_with(failed, false));
         return Ok(Round::Over(Vec::new()));
@@ -174,7 +175,7 @@ async fn release(engine: &Arc<Engine>, turn: TurnId, fence: i64) -> EngineError 
     // Without it the next attempt takes the fence just the same.
     match engine.store.release_attempt(turn, fence).await {
         Ok(released) => engine.tell_with(released, false),
-        Err(error) => tracing::debug!(%error, %turn, "an attempt was not released"),
+        Err(error) => tracing::debug!(error = %chain(&error), %turn, "an attempt was not released"),
     }
     EngineError::Stopped
 }

@@ -4,7 +4,7 @@
 //! that are none. A full queue drops; Postgres has the events and the producer has the text.
 
 use reliant_bus::{Bus, FeedSubject, UpdateSubject};
-use reliant_telemetry::{TraceContext, metrics};
+use reliant_telemetry::{TraceContext, chain, metrics};
 use reliant_types::{ChatId, UserId, pb};
 use tokio::sync::mpsc;
 
@@ -38,7 +38,7 @@ impl Hints {
                 Hint::Feed(topic, update, trace) => bus.publish_with(&trace, &topic, &update).await,
             };
             if let Err(error) = sent {
-                tracing::debug!(%error, "a hint was not published; viewers will find what it told of");
+                tracing::debug!(error = %chain(&error), "a hint was not published; viewers will find what it told of");
             }
         }
     }
@@ -81,7 +81,8 @@ impl Publisher {
 
     pub fn feed(&self, user: UserId, events: Vec<pb::FeedEvent>) {
         if !events.is_empty() {
-            self.enqueue(Hint::Feed(FeedSubject { user }, pb::FeedUpdate { events }, TraceContext::incoming()));
+            let trace = Bus::context_of_publish::<FeedSubject>();
+            self.enqueue(Hint::Feed(FeedSubject { user }, pb::FeedUpdate { events }, trace));
         }
     }
 

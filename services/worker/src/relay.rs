@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use futures::StreamExt;
-use reliant_telemetry::metrics;
+use reliant_telemetry::{chain, metrics};
 
 use crate::{dispatch, engine::Engine};
 
@@ -31,7 +31,7 @@ async fn unseen(engine: &Arc<Engine>) {
         tick.tick().await;
         match engine.store.unseen_chats(UNSEEN_AGE, BATCH).await {
             Ok(wakes) => wake_all(engine, wakes, "unseen").await,
-            Err(error) => tracing::debug!(%error, "the relay could not look for unseen chats"),
+            Err(error) => tracing::debug!(error = %chain(&error), "the relay could not look for unseen chats"),
         }
     }
 }
@@ -53,7 +53,7 @@ async fn stale(engine: &Arc<Engine>) {
         tick.tick().await;
         match engine.store.stale_open_turns(BATCH).await {
             Ok(wakes) => wake_all(engine, wakes, "stale").await,
-            Err(error) => tracing::debug!(%error, "the relay could not look for open turns"),
+            Err(error) => tracing::debug!(error = %chain(&error), "the relay could not look for open turns"),
         }
     }
 }
@@ -68,7 +68,7 @@ async fn cancels(engine: &Arc<Engine>) {
                 let send = |call| async move { dispatch::cancel(engine, call).await };
                 futures::stream::iter(calls).for_each_concurrent(PARALLEL, send).await;
             }
-            Err(error) => tracing::debug!(%error, "the relay could not look for cancels"),
+            Err(error) => tracing::debug!(error = %chain(&error), "the relay could not look for cancels"),
         }
     }
 }
@@ -80,7 +80,7 @@ async fn leases(engine: &Arc<Engine>) {
         tick.tick().await;
         match engine.store.expired_leases(BATCH).await {
             Ok(expired) => expired.into_iter().for_each(|committed| engine.tell(committed)),
-            Err(error) => tracing::debug!(%error, "the relay could not look for expired leases"),
+            Err(error) => tracing::debug!(error = %chain(&error), "the relay could not look for expired leases"),
         }
     }
 }

@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use reliant_bus::{Received, ResultSubject};
-use reliant_telemetry::metrics;
+use reliant_telemetry::{chain, metrics};
 use reliant_types::pb;
 use tokio::sync::Semaphore;
 use tracing::Instrument;
@@ -49,7 +49,7 @@ async fn commit(engine: &Arc<Engine>, received: Received<ResultSubject>) {
         Ok(committed) => committed,
         Err(error) => {
             // No acknowledgement: the daemon offers it again.
-            tracing::warn!(%error, tool.call_id = %call, "a result was not committed");
+            tracing::warn!(error = %chain(&error), tool.call_id = %call, "a result was not committed");
             metrics::TOOL_RESULTS.with_label_values(&["failed"]).inc();
             return;
         }
@@ -68,6 +68,6 @@ async fn commit(engine: &Arc<Engine>, received: Received<ResultSubject>) {
     // The sender of the call waits for it here and asks Postgres itself: a wake would only cost.
     engine.tell_with(committed, !settled.awaited);
     if let Err(error) = received.reply(&engine.bus, &ack).await {
-        tracing::debug!(%error, tool.call_id = %call, "an acknowledgement was not sent; the result comes again");
+        tracing::debug!(error = %chain(&error), tool.call_id = %call, "an acknowledgement was not sent; the result comes again");
     }
 }

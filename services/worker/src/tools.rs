@@ -12,6 +12,7 @@ use std::{
 
 use jsonschema::Validator;
 use parking_lot::Mutex;
+use reliant_telemetry::chain;
 use reliant_types::{Code, Failure, limits, pb};
 use serde_json::Value;
 
@@ -137,7 +138,7 @@ impl Schemas {
             serde_json::from_str::<Value>(schema).ok().and_then(|schema| match jsonschema::validator_for(&schema) {
                 Ok(validator) => Some(Arc::new(validator)),
                 Err(error) => {
-                    tracing::warn!(%error, "a tool's schema is not a JSON schema; its arguments are not checked here");
+                    tracing::warn!(error = %chain(&error), "a tool's schema is not a JSON schema; its arguments are not checked here");
                     None
                 }
             });

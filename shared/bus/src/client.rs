@@ -4,7 +4,7 @@ use async_nats::{Client, ConnectOptions, HeaderMap, PublishErrorKind, RequestErr
 use bytes::Bytes;
 use prost::Message;
 use reliant_telemetry::{
-    TraceContext, hop_span,
+    TraceContext, hop, hop_span,
     metrics::{self, BUS_DURATION},
     names::{TRACEPARENT, TRACESTATE},
 };
@@ -139,7 +139,7 @@ impl Bus {
 
     /// Sends, with the context of a short span below the current one.
     pub async fn publish<T: Topic>(&self, topic: &T, message: &T::Message) -> Result<(), BusError> {
-        let trace = self.sent::<T>("publish");
+        let trace = Self::context_of_publish::<T>();
         self.publish_with(&trace, topic, message).await
     }
 
@@ -163,7 +163,7 @@ impl Bus {
         message: &T::Message,
         timeout: Duration,
     ) -> Result<T::Reply, BusError> {
-        let trace = self.sent::<T>("request");
+        let trace = hop_span(send_span(T::TEMPLATE, "request"));
         self.request_with(&trace, topic, message, timeout).await
     }
 
@@ -224,22 +224,22 @@ impl Bus {
         self.client.try_server_info().map(|info| info.version)
     }
 
-    fn sent<T: Topic>(&self, operation: &'static str) -> TraceContext {
-        let current = TraceContext::current();
-        if current.is_empty() {
-            return current;
-        }
-        let below = hop_span(send_span(T::TEMPLATE, operation));
-        if below.is_empty() { current } else { below }
+    /// The context of a short span below what came into this process: for a message that is sent later, without its
+    /// sender's span. Where nothing came in, a trace begins.
+    pub fn context_of_publish<T: Topic>() -> TraceContext {
+        hop_span(send_span(T::TEMPLATE, "publish"))
     }
 
-    /// The context of a short span below what came into this process: for a message that is sent later, without its
-    /// sender's span.
-    pub fn context_of_publish<T: Topic>() -> TraceContext {
-        if TraceContext::incoming().is_empty() {
-            return TraceContext::default();
-        }
-        hop_span(send_span(T::TEMPLATE, "publish"))
+    /// [`Self::context_of_publish`], below `parent`.
+    pub fn context_below<T: Topic>(parent: &TraceContext) -> TraceContext {
+        hop(parent, send_span(T::TEMPLATE, "publish"))
+    }
+
+    /// The same for a request. One that is asked again links to the one `before` it.
+    pub fn context_of_request<T: RequestTopic>(parent: &TraceContext, before: &TraceContext) -> TraceContext {
+        let span = send_span(T::TEMPLATE, "request");
+        before.link(&span);
+        hop(parent, span)
     }
 
     pub(crate) async fn send<M: Message>(

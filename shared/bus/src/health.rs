@@ -2,7 +2,7 @@
 //! the state is also looked at on a clock.
 
 use async_nats::connection::State;
-use reliant_telemetry::metrics;
+use reliant_telemetry::{chain, metrics};
 use std::{
     sync::{
         Arc,
@@ -48,7 +48,7 @@ impl Events {
             }
             Event::ServerError(error) => {
                 metrics::BUS_SERVER_ERRORS.inc();
-                tracing::warn!(%error, "the NATS server refused something");
+                tracing::warn!(error = %chain(&error), "the NATS server refused something");
             }
             Event::Connected => {
                 self.connections.fetch_add(1, Ordering::Relaxed);

@@ -31,6 +31,15 @@ pub trait RequestTopic: Topic {
 
 const PREFIX: &str = "reliant.v1";
 
+/// What a test needs to know of a kind of subject. Each message has a producer's span at its sender and a consumer's span
+/// below it at whoever works on it.
+#[derive(Debug, Clone, Copy)]
+pub struct Declared {
+    pub template: &'static str,
+    /// Which of its messages have no span of their own, and why.
+    pub spanless: Option<&'static str>,
+}
+
 fn id<T: From<Uuid>>(token: &str) -> Option<T> {
     // Only the hyphenated lower-case form, so that one id has one subject.
     let id = Uuid::try_parse(token).ok()?;
@@ -52,7 +61,8 @@ macro_rules! define {
 }
 
 macro_rules! topics {
-    ($($(#[$doc:meta])* $name:ident = $kind:literal { $($part:ident: $ty:ty),* } -> $message:ty $(=> $reply:ty)?;)*) => {
+    ($($(#[$doc:meta])* $name:ident = $kind:literal { $($part:ident: $ty:ty),* } -> $message:ty $(=> $reply:ty)?
+       $(, spanless: $reason:literal)?;)*) => {
         $(
             define! { $(#[$doc])* $name { $($part: $ty),* } }
 
@@ -87,8 +97,12 @@ macro_rules! topics {
             $(impl RequestTopic for $name { type Reply = $reply; })?
         )*
 
-        /// The templates of all subjects.
-        pub const TEMPLATES: &[&str] = &[$($name::TEMPLATE),*];
+        /// All subjects.
+        pub const DECLARED: &[Declared] = &[$({
+            let declared = Declared { template: $name::TEMPLATE, spanless: None };
+            $(let declared = Declared { spanless: Some($reason), ..declared };)?
+            declared
+        }),*];
     };
 }
 
@@ -98,7 +112,9 @@ topics! {
     /// Gateway to one of the workers: a call came to its end.
     ResultSubject = "result" { daemon: DaemonId, call: ToolCallId } -> pb::ToolResult => pb::ResultAck;
     /// To the api replicas with a viewer of the chat.
-    UpdateSubject = "update" { user: UserId, chat: ChatId } -> pb::ChatUpdate;
+    UpdateSubject = "update" { user: UserId, chat: ChatId } -> pb::ChatUpdate,
+        spanless: "live pieces and their lengths: a span per piece would cost more than the piece; they carry the \
+                   context of what makes them, and metrics count them";
     /// To the api replicas with a viewer of the user's feed.
     FeedSubject = "feed" { user: UserId } -> pb::FeedUpdate;
     /// Api to the producer of a live block: a worker's instance id or a daemon's id.
@@ -131,7 +147,7 @@ mod tests {
         assert_eq!(T::parse(&subject), Some(topic));
         assert!(matches(&T::wildcard(), &subject), "{subject}");
         assert_eq!(subject.split('.').count(), T::TEMPLATE.split('.').count());
-        assert_eq!(TEMPLATES.iter().filter(|template| **template == T::TEMPLATE).count(), 1);
+        assert_eq!(DECLARED.iter().filter(|declared| declared.template == T::TEMPLATE).count(), 1);
         assert!(T::parse(&T::wildcard()).is_none_or(|_| T::wildcard() == subject));
         for bad in [
             format!("{subject}.x"),

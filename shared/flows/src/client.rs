@@ -2,6 +2,7 @@
 
 use std::{collections::HashMap, str::FromStr, sync::Arc, time::Duration};
 
+use reliant_telemetry::chain;
 use reliant_types::{ChatId, Code, Failure};
 use temporalio_client::{
     Client, ClientKeepAliveOptions, ClientOptions, Connection, ConnectionOptions, GrpcCompression, RetryOptions,
@@ -102,7 +103,7 @@ impl Flows {
             Err(_) => Err(FlowsError::Timeout(config.rpc_timeout)),
             // Cannot come of a signal-with-start; if it does, the workflow runs, and the relay sees to the rest.
             Ok(Ok(_) | Err(WorkflowStartError::AlreadyStarted { .. })) => Ok(()),
-            Ok(Err(error)) => Err(FlowsError::Unavailable(error.to_string())),
+            Ok(Err(error)) => Err(FlowsError::Unavailable(chain(&error).to_string())),
         }
     }
 
@@ -165,9 +166,9 @@ pub(crate) async fn connect_once(config: &FlowsConfig, identity: &str) -> Result
     let connection = tokio::time::timeout(CONNECT_TIMEOUT, Connection::connect(options))
         .await
         .map_err(|_| FlowsError::Timeout(CONNECT_TIMEOUT))?
-        .map_err(|error| FlowsError::Unavailable(error.to_string()))?;
+        .map_err(|error| FlowsError::Unavailable(chain(&error).to_string()))?;
     Client::new(connection, ClientOptions::new(config.namespace.clone()).build())
-        .map_err(|error| FlowsError::Worker(error.to_string()))
+        .map_err(|error| FlowsError::Worker(chain(&error).to_string()))
 }
 
 /// `connect` of the SDK fails at once while the server is away, hence the loop.
@@ -189,9 +190,9 @@ pub(crate) async fn connect_until(config: &FlowsConfig, identity: &str, stop: &C
             }
             Err(error) if !told => {
                 told = true;
-                tracing::warn!(temporal.address = %config.address, %error, "Temporal is away; trying on");
+                tracing::warn!(temporal.address = %config.address, error = %chain(&error), "Temporal is away; trying on");
             }
-            Err(error) => tracing::debug!(%error, "Temporal is still away"),
+            Err(error) => tracing::debug!(error = %chain(&error), "Temporal is still away"),
         }
         tokio::select! {
             () = stop.cancelled() => return None,

@@ -2,6 +2,7 @@
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
+use reliant_telemetry::chain;
 use temporalio_client::Client;
 use temporalio_common::{
     telemetry::{
@@ -52,7 +53,7 @@ pub async fn run_worker(
         match ended {
             _ if drain.is_cancelled() => return Ok(()),
             Ok(()) => tracing::warn!("the Temporal worker stopped by itself; starting another"),
-            Err(error) => tracing::warn!(%error, "the Temporal worker broke; starting another"),
+            Err(error) => tracing::warn!(error = %chain(&error), "the Temporal worker broke; starting another"),
         }
         if began.elapsed() > RESTART_MAX {
             delay = RESTART_MIN;

@@ -17,6 +17,7 @@ use futures::{
     future::{BoxFuture, Shared},
 };
 use parking_lot::Mutex;
+use reliant_telemetry::chain;
 use reliant_types::{Code, DaemonId, Failure, Secret, TokenId, UserId, code::Class};
 use sha2::{Digest as _, Sha256};
 use tokio::time::Instant;
@@ -180,7 +181,7 @@ impl StoreAuthenticator {
                     tokens.into_iter().for_each(|token| self.0.revoke(token));
                     since = asked;
                 }
-                Err(failure) => tracing::debug!(%failure, "revocations could not be read"),
+                Err(failure) => tracing::debug!(error = %chain(&failure), "revocations could not be read"),
             }
         }
     }

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use reliant_telemetry::{TraceContext, metrics::MODEL_RETRIES};
+use reliant_telemetry::{TraceContext, chain, metrics::MODEL_RETRIES};
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep_until};
 
@@ -89,6 +89,7 @@ pub fn tried_again(provider: &str, attempt: u32, delay: Duration, error: &ModelE
         attempt,
         delay_ms = delay.as_millis() as u64,
         reason = error.reason(),
+        error = %chain(error),
         "the model call is tried again"
     );
 }

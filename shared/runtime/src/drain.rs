@@ -234,7 +234,7 @@ mod tests {
     #[tokio::test]
     async fn a_failed_listener_or_a_panicking_poller_drains_the_process() {
         let drain = Drain::new();
-        drain.spawn(TaskKind::Listener("grpc"), async { Err::<(), _>("address lost") });
+        drain.spawn(TaskKind::Listener("grpc"), async { Err::<(), _>(std::io::Error::other("address lost")) });
         drain.draining().await;
         assert_eq!(drain.reason(), Some("the task 'grpc' failed: address lost"));
 
@@ -250,7 +250,7 @@ mod tests {
     #[tokio::test]
     async fn failed_work_is_its_own_affair() {
         let drain = Drain::new();
-        let task = drain.spawn(TaskKind::Work("errand"), async { Err::<(), _>("no") });
+        let task = drain.spawn(TaskKind::Work("errand"), async { Err::<(), _>(std::io::Error::other("no")) });
         task.await.unwrap();
         assert!(!drain.is_draining());
     }

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use reliant_telemetry::chain;
+
 /// What a spawned task is for. The text names the task in logs and metrics; it is fixed, never built from values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TaskKind {
@@ -66,8 +68,8 @@ impl TaskOutput for () {
     }
 }
 
-impl<E: fmt::Display + Send + 'static> TaskOutput for Result<(), E> {
+impl<E: std::error::Error + Send + 'static> TaskOutput for Result<(), E> {
     fn into_error(self) -> Option<String> {
-        self.err().map(|error| error.to_string())
+        self.err().map(|error| chain(&error).to_string())
     }
 }

@@ -2,7 +2,7 @@
 
 use std::{future::Future, time::Duration};
 
-use reliant_telemetry::metrics;
+use reliant_telemetry::{chain, metrics};
 use serde::{Deserialize, Serialize};
 use sqlx::{
     Connection, PgPool, Postgres, Transaction,
@@ -163,7 +163,7 @@ impl Store {
             let limited = tokio::time::timeout(WORK_LIMIT, work().instrument(span(name)));
             match limited.await.unwrap_or_else(|_| Err(too_long())) {
                 Err(StoreError::Conflict(error)) if tries < CONFLICT_TRIES => {
-                    tracing::debug!(%error, name, "transactions conflicted; tried again");
+                    tracing::debug!(error = %chain(&error), name, "transactions conflicted; tried again");
                 }
                 result => break result,
             }
@@ -172,7 +172,7 @@ impl Store {
             Ok(_) => "ok",
             Err(StoreError::Unavailable(_) | StoreError::Conflict(_)) => "unavailable",
             Err(StoreError::Internal(error)) => {
-                tracing::error!(%error, name, "the database refused a statement");
+                tracing::error!(error = %chain(error), name, "the database refused a statement");
                 "failed"
             }
             Err(StoreError::Corrupt(_) | StoreError::Migrate(_)) => "failed",
@@ -194,7 +194,9 @@ impl Store {
             let opening = pool.clone();
             let opening = async move { tokio::time::timeout(WORK_LIMIT, opening.begin_with(statement)).await };
             match tokio::spawn(opening.in_current_span()).await {
-                Ok(Ok(Err(error))) if had_died(&error) => tracing::debug!(%error, "a pooled connection had died"),
+                Ok(Ok(Err(error))) if had_died(&error) => {
+                    tracing::debug!(error = %chain(&error), "a pooled connection had died")
+                }
                 Ok(Ok(begun)) => return Ok(begun?),
                 Ok(Err(_)) => return Err(too_long()),
                 Err(_) => return Err(StoreError::Unavailable(sqlx::Error::WorkerCrashed)),

@@ -13,7 +13,10 @@ use opentelemetry_sdk::{
     Resource,
     logs::{BatchConfigBuilder as LogBatch, BatchLogProcessor, SdkLoggerProvider},
     propagation::TraceContextPropagator,
-    trace::{Sampler, SamplingDecision, SamplingResult, SdkTracerProvider, ShouldSample, SpanExporter as _},
+    trace::{
+        Sampler, SamplingDecision, SamplingResult, SdkTracerProvider, ShouldSample, SpanExporter as _,
+        SpanProcessor as _,
+    },
 };
 use std::{sync::OnceLock, time::Duration};
 use tracing::level_filters::LevelFilter;
@@ -25,8 +28,9 @@ use tracing_subscriber::{
 };
 
 use crate::{
-    export::Counted,
+    export::{BoundedLogs, Counted},
     log::JsonFormat,
+    page,
     pipeline::Pipeline,
     spool::{self, Spool},
 };
@@ -73,6 +77,9 @@ pub struct TelemetryConfig {
     pub service_name: String,
     /// `service.instance.id`; made at start where it is empty.
     pub instance_id: String,
+    /// Set by the role that web pages hand their spans to; see [`crate::page`].
+    #[serde(skip)]
+    pub takes_page_spans: bool,
 }
 
 impl Default for TelemetryConfig {
@@ -86,6 +93,7 @@ impl Default for TelemetryConfig {
             spool_dir: None,
             service_name: String::new(),
             instance_id: String::new(),
+            takes_page_spans: false,
         }
     }
 }
@@ -139,6 +147,9 @@ impl Guard {
     pub fn shutdown(self) {
         if let Some(traces) = self.traces {
             let _ = traces.shutdown_with_timeout(OTLP_TIMEOUT);
+            if let Some(pages) = page::pipeline() {
+                let _ = pages.shutdown_with_timeout(OTLP_TIMEOUT);
+            }
         }
         if let Some(logs) = self.logs {
             let _ = logs.shutdown_with_timeout(OTLP_TIMEOUT);
@@ -193,13 +204,21 @@ pub fn init(config: &TelemetryConfig) -> Result<Guard, TelemetryError> {
     traces = match endpoint {
         None => traces.with_sampler(PassThrough),
         Some(endpoint) => {
-            let mut exporter = opentelemetry_otlp::SpanExporter::builder()
-                .with_tonic()
-                .with_endpoint(endpoint)
-                .with_timeout(OTLP_TIMEOUT)
-                .build()
-                .map_err(otlp_error)?;
-            exporter.set_resource(&resource);
+            let exporter = |resource: &Resource| {
+                let mut exporter = opentelemetry_otlp::SpanExporter::builder()
+                    .with_tonic()
+                    .with_endpoint(endpoint)
+                    .with_timeout(OTLP_TIMEOUT)
+                    .build()
+                    .map_err(otlp_error)?;
+                exporter.set_resource(resource);
+                Ok(exporter)
+            };
+            if config.takes_page_spans {
+                let pages = TelemetryConfig { service_name: page::SERVICE.into(), ..config.clone() };
+                page::start(Pipeline::start(Counted::new(exporter(&self::resource(&pages))?, "traces"), None));
+            }
+            let exporter = exporter(&resource)?;
             let spool = open_spool(config, &resource, endpoint)?;
             traces
                 .with_sampler(Sampler::ParentBased(Box::new(Sampler::TraceIdRatioBased(config.sample_ratio))))
@@ -221,7 +240,10 @@ pub fn init(config: &TelemetryConfig) -> Result<Guard, TelemetryError> {
                 .with_max_export_batch_size(OTLP_BATCH_MAX)
                 .with_scheduled_delay(OTLP_DELAY)
                 .build();
-            let processor = BatchLogProcessor::builder(Counted::new(exporter, "logs")).with_batch_config(batch).build();
+            let exporter = Counted::new(exporter, "logs");
+            let under_way = exporter.under_way();
+            let processor = BatchLogProcessor::builder(exporter).with_batch_config(batch).build();
+            let processor = BoundedLogs::new(processor, under_way, OTLP_QUEUE_MAX);
             Some(SdkLoggerProvider::builder().with_resource(resource).with_log_processor(processor).build())
         }
     };

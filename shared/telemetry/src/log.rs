@@ -1,6 +1,7 @@
 //! One JSON object per log line: time, level, target, message, the event's fields, the fields of the spans around it, and
 //! the ids that lead from the line to its trace.
 
+use crate::chain;
 use opentelemetry::trace::TraceContextExt;
 use serde_json::{Map, Value};
 use std::fmt;
@@ -81,14 +82,7 @@ impl tracing::field::Visit for Fields<'_> {
 
     /// The whole chain, in one line, where the error is handled.
     fn record_error(&mut self, field: &Field, value: &(dyn std::error::Error + 'static)) {
-        let mut text = value.to_string();
-        let mut source = value.source();
-        while let Some(cause) = source {
-            text.push_str(": ");
-            text.push_str(&cause.to_string());
-            source = cause.source();
-        }
-        self.put(field, Value::from(text));
+        self.put(field, Value::from(chain(value).to_string()));
     }
 
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
@@ -152,7 +146,7 @@ mod tests {
             span.in_scope(|| {
                 let source = std::io::Error::other("inner");
                 let error = std::io::Error::other(source);
-                tracing::warn!(error = &error as &dyn std::error::Error, n = 3, "a \"quoted\"\nline");
+                tracing::warn!(error = %crate::chain(&error), n = 3, "a \"quoted\"\nline");
             });
             crate::TraceContext::of(&span)
         });
@@ -162,7 +156,7 @@ mod tests {
         assert_eq!(line["trace_id"].as_str().map(str::to_owned), expected.trace_id());
         assert_eq!(line["chat.id"], "c1");
         assert_eq!(line["span"], "turn.accept");
-        assert_eq!(line["n"], 3);
+        assert_eq!((&line["n"], &line["error"]), (&Value::from(3), &Value::from("inner")));
         assert_eq!(line["message"], "a \"quoted\"\nline");
         assert!(line["span_id"].as_str().is_some_and(|id| id.len() == 16));
     }

@@ -1,6 +1,7 @@
 //! Every metric, declared once; its doc comment is its help text. Labels have few values: never a user, chat, daemon
 //! or trace id, and tool names only through [`tool_label`].
 
+use crate::chain;
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 
 use prometheus::{Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry};
@@ -158,6 +159,8 @@ metrics! {
     pub static TOOL_ROUND_TRIP: Histogram = ("reliant_tool_round_trip_seconds", [], LONG_SECONDS);
 
     // --- viewers
+    /// From a person's click until the first piece of the answer was painted, as web pages tell it.
+    pub static PAGE_FIRST_TEXT: Histogram = ("reliant_page_first_text_seconds", [], LONG_SECONDS);
     /// Open update streams.
     pub static VIEWERS: IntGauge = ("reliant_viewers", []);
     /// Updates given to viewers, by kind (event, delta, feed, replayed to one who joins or resumes, heartbeat).
@@ -222,7 +225,7 @@ pub fn registry() -> &'static Registry {
 pub fn render() -> String {
     let mut text = String::new();
     if let Err(error) = prometheus::TextEncoder::new().encode_utf8(&registry().gather(), &mut text) {
-        tracing::warn!(%error, "metrics could not be written out");
+        tracing::warn!(error = %chain(&error), "metrics could not be written out");
     }
     text
 }

@@ -52,7 +52,10 @@ pub mod span {
     pub const APPROVAL: &str = "approval.decide";
     /// An api replica gives a chat's events to its viewers.
     pub const UPDATE_FANOUT: &str = "update.fanout";
+    /// From a person's click, or a terminal's Enter, until the message is accepted.
     pub const CLIENT_SEND: &str = "client.send_message";
+    /// From the click until the first piece of the answer was painted, by the page's clock alone.
+    pub const CLIENT_FIRST_TEXT: &str = "client.first_text";
 
     pub const ALL: &[&str] = &[
         RPC_SERVER,
@@ -84,6 +87,7 @@ pub mod span {
         APPROVAL,
         UPDATE_FANOUT,
         CLIENT_SEND,
+        CLIENT_FIRST_TEXT,
     ];
 
     /// Spans whose context another process gets. They are short, have ended by then, and are exported at once.

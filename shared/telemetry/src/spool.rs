@@ -27,7 +27,10 @@ use parking_lot::Mutex;
 use prost::Message as _;
 use tonic::transport::{Channel, Endpoint};
 
-use crate::metrics::{OTLP_ADOPTED, OTLP_LOST};
+use crate::{
+    chain,
+    metrics::{OTLP_ADOPTED, OTLP_LOST},
+};
 
 /// A segment takes no more than this.
 const SEGMENT_MAX_BYTES: u64 = 1024 * 1024;
@@ -243,7 +246,7 @@ pub(crate) async fn adopt(root: PathBuf, endpoint: Endpoint) {
             continue;
         };
         if let Err(error) = send(&mut client, &dir).await {
-            tracing::debug!(target: "reliant_telemetry", %error, "spans of a process that died wait for the collector");
+            tracing::debug!(target: "reliant_telemetry", error = %chain(&error), "spans of a process that died wait for the collector");
             drop(lock);
             tokio::time::sleep(LOOK_AGAIN).await;
         }

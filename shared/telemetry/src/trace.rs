@@ -77,6 +77,15 @@ impl TraceContext {
         parse(&self.traceparent).map(|(trace, _, _)| trace.to_string())
     }
 
+    /// 16 hex digits: the span that this context is of.
+    pub fn span_id(&self) -> Option<String> {
+        parse(&self.traceparent).map(|(_, span, _)| span.to_string())
+    }
+
+    pub(crate) fn ids(&self) -> Option<(TraceId, SpanId)> {
+        parse(&self.traceparent).map(|(trace, span, _)| (trace, span))
+    }
+
     pub fn is_sampled(&self) -> bool {
         parse(&self.traceparent).is_some_and(|(_, _, flags)| flags.is_sampled())
     }

@@ -188,6 +188,22 @@ impl Rig {
         Ok(Person { user, token, client })
     }
 
+    /// Lets nobody into this rig's database, or everybody again: Postgres as good as away, for this rig alone.
+    pub async fn close_database(&self, closed: bool) -> Result<()> {
+        use sqlx::{Connection as _, Executor as _};
+        let url = servers().await?.stack.database_url("postgres");
+        let name = self.database_url.rsplit('/').next().and_then(|name| name.split('?').next()).unwrap_or_default();
+        let mut admin = sqlx::PgConnection::connect(&url).await?;
+        let statement = format!("ALTER DATABASE {name} WITH ALLOW_CONNECTIONS {}", !closed);
+        admin.execute(sqlx::AssertSqlSafe(statement)).await?;
+        if closed {
+            let query = sqlx::query("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1");
+            query.bind(name.to_owned()).execute(&mut admin).await?;
+        }
+        admin.close().await?;
+        Ok(())
+    }
+
     /// A token of `name` that stopped being valid.
     pub fn expired_token(&self, name: &str) -> Result<String> {
         let long_ago = std::time::SystemTime::now() - 2 * TOKEN_TTL;

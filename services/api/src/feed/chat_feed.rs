@@ -8,6 +8,7 @@ use std::{
 
 use reliant_bus::{Bus, BusError, PrefixSubject, Subscription, UpdateSubject};
 use reliant_store::{Store, StoreError};
+use reliant_telemetry::chain;
 use reliant_telemetry::metrics::{self, Phase};
 use reliant_types::{
     ChatId, UserId, limits,
@@ -143,7 +144,7 @@ impl ChatFeed {
                     Ok(done) => self.done(done),
                     // A job panicked: what it was to bring would be missing for ever. Viewers subscribe anew.
                     Err(error) => {
-                        tracing::error!(%error, chat.id = %self.chat, "a read of a chat's feed failed");
+                        tracing::error!(error = %chain(&error), chat.id = %self.chat, "a read of a chat's feed failed");
                         return;
                     }
                 },
@@ -334,7 +335,7 @@ impl ChatFeed {
     }
 
     fn read_failed(&mut self, error: &StoreError) {
-        tracing::warn!(%error, chat.id = %self.chat, "the log could not be read; viewers wait");
+        tracing::warn!(error = %chain(error), chat.id = %self.chat, "the log could not be read; viewers wait");
         self.failures += 1;
         self.want_log = true;
         self.hold_off();

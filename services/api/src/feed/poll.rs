@@ -3,6 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use reliant_store::StoreError;
+use reliant_telemetry::chain;
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::{hub::Hub, table::Command};
@@ -19,7 +20,7 @@ pub async fn run(hub: Arc<Hub>) {
     loop {
         ticks.tick().await;
         if let Err(error) = look(&hub, &mut log_epoch).await {
-            tracing::debug!(%error, "the logs could not be compared");
+            tracing::debug!(error = %chain(&error), "the logs could not be compared");
         }
     }
 }

@@ -11,6 +11,7 @@ use std::{
 use bytes::Bytes;
 use reliant_bus::{FeedSubject, Subscription};
 use reliant_store::StoreError;
+use reliant_telemetry::chain;
 use reliant_types::{
     UserId, limits,
     pb::{self, subscribe_response::Update},
@@ -98,7 +99,7 @@ impl UserFeed {
             let (wake, leave) = (self.not_before, leave_at);
             tokio::select! {
                 hint = hints.next() => match hint {
-                    Some(hint) => self.events(hint.message.events),
+                    Some(hint) => hint.span().in_scope(|| self.events(hint.message.events)),
                     None => return,
                 },
                 command = commands.recv() => match command {
@@ -115,7 +116,7 @@ impl UserFeed {
                     Ok(Done::Epoch(Ok(epoch))) if epoch != self.log_epoch => return,
                     Ok(done) => self.done(done),
                     Err(error) => {
-                        tracing::error!(%error, user.id = %self.user, "a read of a user's feed failed");
+                        tracing::error!(error = %chain(&error), user.id = %self.user, "a read of a user's feed failed");
                         return;
                     }
                 },
@@ -164,7 +165,7 @@ impl UserFeed {
             Done::Epoch(read) => read.err(),
         };
         if let Some(error) = failed {
-            tracing::warn!(%error, user.id = %self.user, "a user's feed could not be read; viewers wait");
+            tracing::warn!(error = %chain(&error), user.id = %self.user, "a user's feed could not be read; viewers wait");
             self.want_log = true;
             self.not_before = Some(Instant::now() + RETRY);
         }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use reliant_bus::ControlSubject;
 use reliant_middleware::Principal;
 use reliant_rpc::daemon_service_server::DaemonService;
+use reliant_telemetry::chain;
 use reliant_types::{ChatId, DaemonId, Failure, pb};
 
 use crate::app::{self, App, refused, service};
@@ -67,7 +68,7 @@ impl Daemons {
         let control = pb::Control { kind: Some(pb::control::Kind::DaemonRevoked(revoked)) };
         // A hint: gateways also ask every second.
         if let Err(error) = self.0.effects.bus().publish(&ControlSubject, &control).await {
-            tracing::debug!(%error, daemon.id = %daemon, "gateways were not told of a revocation; they will find it");
+            tracing::debug!(error = %chain(&error), daemon.id = %daemon, "gateways were not told of a revocation; they will find it");
         }
         Ok(pb::RevokeDaemonResponse {})
     }

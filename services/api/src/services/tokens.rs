@@ -6,6 +6,7 @@ use reliant_bus::ControlSubject;
 use reliant_middleware::Principal;
 use reliant_middleware::principal::SCOPE_API;
 use reliant_rpc::token_service_server::TokenService;
+use reliant_telemetry::chain;
 use reliant_types::{Failure, TokenId, pb};
 
 use super::identity::require_signed_in;
@@ -64,7 +65,7 @@ impl Tokens {
         let control = pb::Control { kind: Some(pb::control::Kind::TokenRevoked(revoked)) };
         // A hint: every replica and gateway also asks, twice a second.
         if let Err(error) = self.0.effects.bus().publish(&ControlSubject, &control).await {
-            tracing::debug!(%error, token.id = %token, "others were not told of a revocation; they will find it");
+            tracing::debug!(error = %chain(&error), token.id = %token, "others were not told of a revocation; they will find it");
         }
         Ok(pb::RevokeTokenResponse {})
     }

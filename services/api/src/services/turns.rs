@@ -4,11 +4,11 @@
 use std::{sync::Arc, time::Duration};
 
 use futures::StreamExt as _;
-use reliant_bus::{CancelSubject, ToolSubject};
+use reliant_bus::{Bus, CancelSubject, ToolSubject};
 use reliant_middleware::Principal;
 use reliant_rpc::turn_service_server::TurnService;
 use reliant_store::{CancelCall, CancelOutcome};
-use reliant_telemetry::{TraceContext, hop_span};
+use reliant_telemetry::{TraceContext, chain, hop_span};
 use reliant_types::{Failure, TurnId, pb};
 
 use crate::app::{self, App, refused, service};
@@ -49,8 +49,9 @@ impl Turns {
                 if let Some(producer) = producer {
                     let subject = CancelSubject { producer: producer.into() };
                     let hint = pb::CancelTurnHint { turn_id };
-                    if let Err(error) = app.effects.bus().publish_with(&trace, &subject, &hint).await {
-                        tracing::debug!(%error, "a producer was not told of a cancel; its next write will tell it");
+                    let sent = Bus::context_below::<CancelSubject>(&trace);
+                    if let Err(error) = app.effects.bus().publish_with(&sent, &subject, &hint).await {
+                        tracing::debug!(error = %chain(&error), "a producer was not told of a cancel; its next write will tell it");
                     }
                 }
                 let cancels = calls.into_iter().map(|call| cancel_call(&app, &trace, call));
@@ -65,11 +66,12 @@ async fn cancel_call(app: &App, trace: &TraceContext, call: CancelCall) {
     let cancel = pb::CancelCall { call_id: call.call.to_string(), generation: call.generation };
     let request = pb::ToolRequest { request: Some(pb::tool_request::Request::Cancel(cancel)) };
     let subject = ToolSubject { daemon: call.daemon };
-    let reply = match app.effects.bus().request_with(trace, &subject, &request, CANCEL_TIMEOUT).await {
+    let trace = Bus::context_of_request::<ToolSubject>(trace, &TraceContext::default());
+    let reply = match app.effects.bus().request_with(&trace, &subject, &request, CANCEL_TIMEOUT).await {
         Ok(pb::ToolReply { reply: Some(pb::tool_reply::Reply::Cancel(reply)) }) => reply,
         Ok(_) => return,
         Err(error) => {
-            tracing::debug!(%error, tool.call_id = %call.call, "a daemon was not told of a cancel; a worker tells it again");
+            tracing::debug!(error = %chain(&error), tool.call_id = %call.call, "a daemon was not told of a cancel; a worker tells it again");
             return;
         }
     };

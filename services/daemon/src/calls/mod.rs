@@ -21,7 +21,7 @@ use std::{
 
 use futures::future::{BoxFuture, FutureExt};
 use parking_lot::Mutex;
-use reliant_telemetry::trace::TraceContext;
+use reliant_telemetry::{chain, trace::TraceContext};
 use reliant_types::{Code, Failure, ToolCallId, limits, pb};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -247,7 +247,7 @@ impl Calls {
         let (outcome, ticket) = match self.journal.cancel(id, cancel.generation) {
             Ok(done) => done,
             Err(error) => {
-                tracing::error!(error = %error, "a cancel could not be recorded");
+                tracing::error!(error = %chain(&error), "a cancel could not be recorded");
                 return futures::future::ready(None).boxed();
             }
         };

@@ -4,6 +4,7 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
+use reliant_telemetry::chain;
 use reliant_types::{ToolCallId, pb};
 use tokio::{sync::Notify, time::Instant};
 
@@ -90,7 +91,7 @@ impl Outbox {
                     _ => match journal.result(call) {
                         Ok(Some(result)) => results.push((result, trace)),
                         Ok(None) => self.remove(call),
-                        Err(error) => tracing::error!(error = %error, "a result cannot be read"),
+                        Err(error) => tracing::error!(error = %chain(&error), "a result cannot be read"),
                     },
                 }
             }

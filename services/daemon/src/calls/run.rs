@@ -4,7 +4,7 @@ use std::{panic::AssertUnwindSafe, sync::Arc, time::Instant};
 
 use futures::FutureExt;
 use reliant_telemetry::{
-    metrics, names,
+    chain, metrics, names,
     trace::{TraceContext, hop},
 };
 use reliant_types::{Code, Failure, Incarnation, ToolCallId, limits, pb};
@@ -118,7 +118,7 @@ async fn finish(calls: &Calls, id: ToolCallId, result: pb::ToolResult, trace: &T
     match written {
         Ok(()) => calls.outbox.add(id, &trace.traceparent, Some(result)),
         // Only when the daemon ends first: the next one reports the call as unknown.
-        Err(error) => tracing::error!(call = %id, error = %error, "a result could not be written"),
+        Err(error) => tracing::error!(call = %id, error = %chain(&error), "a result could not be written"),
     }
 }
 

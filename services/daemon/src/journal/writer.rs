@@ -11,6 +11,7 @@ use std::{
 };
 
 use parking_lot::{Condvar, Mutex, RwLock};
+use reliant_telemetry::chain;
 use tokio::sync::oneshot;
 
 use super::{
@@ -123,7 +124,7 @@ pub fn run(shared: Arc<Shared>) {
                 }
             }
             Err(error) => {
-                tracing::error!(error = %error, "the journal refused a write");
+                tracing::error!(error = %chain(&error), "the journal refused a write");
                 give_back(&shared, batch, &error);
                 if wait_closed(&shared, retry) {
                     break;
@@ -169,6 +170,6 @@ fn reopen(shared: &Shared) {
     *slot = None;
     match Disk::open(&*shared.opener) {
         Ok((disk, _)) => *slot = Some(disk),
-        Err(error) => tracing::error!(error = %error, "the journal cannot be opened again"),
+        Err(error) => tracing::error!(error = %chain(&error), "the journal cannot be opened again"),
     }
 }

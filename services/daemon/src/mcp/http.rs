@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, collections::HashMap};
 
 use http::{HeaderName, HeaderValue};
+use reliant_telemetry::chain;
 use rmcp::{
     ServiceExt,
     transport::{StreamableHttpClientTransport, streamable_http_client::StreamableHttpClientTransportConfig},
@@ -36,6 +37,6 @@ pub async fn connect(
     let service = handler
         .serve(transport)
         .await
-        .map_err(|e| format!("it cannot be reached or does not speak MCP: {}", short(&e)))?;
+        .map_err(|e| format!("it cannot be reached or does not speak MCP: {}", short(&chain(&e))))?;
     Ok((service, Box::pin(std::future::pending())))
 }

@@ -147,7 +147,7 @@ impl Server {
             if self.stop.is_cancelled() {
                 break;
             }
-            tracing::warn!(server = %self.entry.name, root = %self.root.name, error = %error, "an MCP server is down");
+            tracing::warn!(server = %self.entry.name, root = %self.root.name, error, "an MCP server is down");
             *self.state.write() = State::Down(error);
             changed();
             if began.elapsed() > GOOD_RUN {

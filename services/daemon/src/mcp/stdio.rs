@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, path::Path, process::Stdio, time::Duration};
 
 use futures::future::BoxFuture;
+use reliant_telemetry::chain;
 use rmcp::{ServiceExt, transport::async_rw::AsyncRwTransport};
 use rustix::process::Signal;
 use tokio::{
@@ -72,7 +73,7 @@ impl Child {
         let mut early = self.dead.clone();
         let mut dead = self.dead.clone();
         let service = tokio::select! {
-            service = handler.serve(transport) => service.map_err(|e| format!("it does not speak MCP: {}", short(&e)))?,
+            service = handler.serve(transport) => service.map_err(|e| format!("it does not speak MCP: {}", short(&chain(&e))))?,
             _ = early.wait_for(|dead| *dead) => return Err("its process ended at once".into()),
         };
         let death = async move {
@@ -100,7 +101,7 @@ impl Child {
 }
 
 /// An error's text may hold what the server sent.
-pub fn short(error: &impl std::fmt::Display) -> String {
+pub fn short(error: &(impl std::fmt::Display + ?Sized)) -> String {
     error.to_string().chars().filter(|c| !c.is_control()).take(300).collect()
 }
 

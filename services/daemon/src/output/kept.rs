@@ -1,6 +1,7 @@
 //! The first bytes of one block, for refills: a little in memory, more in a file. A disk that refuses costs the
 //! refill, never the call.
 
+use reliant_telemetry::chain;
 use std::{
     fs::{File, OpenOptions},
     os::unix::fs::{FileExt, OpenOptionsExt},
@@ -78,7 +79,7 @@ impl Kept {
                 true
             }
             Err(error) => {
-                tracing::warn!(error = %error, "tool output cannot be kept on disk");
+                tracing::warn!(error = %chain(&error), "tool output cannot be kept on disk");
                 self.failed = true;
                 false
             }

@@ -1,5 +1,6 @@
 //! Kept outputs go by age, by number and by size, the oldest first.
 
+use reliant_telemetry::chain;
 use std::{
     path::Path,
     time::{Duration, SystemTime},
@@ -25,7 +26,7 @@ pub fn trim(dir: &Path, max_bytes: u64) {
         if (old || index >= FILES_MAX || total > max_bytes)
             && let Err(error) = std::fs::remove_file(&path)
         {
-            tracing::debug!(error = %error, "a kept output cannot be removed");
+            tracing::debug!(error = %chain(&error), "a kept output cannot be removed");
         }
     }
 }

@@ -6,6 +6,7 @@ use std::{fmt::Write, path::Path};
 use grep_matcher::Matcher;
 use grep_regex::{RegexMatcher, RegexMatcherBuilder};
 use grep_searcher::{BinaryDetection, Searcher, SearcherBuilder, Sink, SinkContext, SinkMatch};
+use reliant_telemetry::chain;
 use reliant_types::{Code, Failure, limits};
 use serde::Deserialize;
 use tokio_util::sync::CancellationToken;
@@ -96,7 +97,7 @@ pub fn run(args: &Args, root: &Root, cancel: &CancellationToken) -> Result<Vec<u
         let Ok(file) = root.confine.open_file(inside) else { continue };
         let sink = FileSink { found: &mut found, path: inside, matcher: &regex, cancel };
         if let Err(error) = searcher.search_file(&regex, &file, sink) {
-            tracing::debug!(error = %error, "a file was not searched");
+            tracing::debug!(error = %chain(&error), "a file was not searched");
         }
     }
     let Found { mut text, matches, full, .. } = found;

@@ -16,7 +16,7 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use reliant_telemetry::metrics;
+use reliant_telemetry::{chain, metrics};
 use reliant_types::{Secret, pb};
 use tokio::{
     sync::{mpsc, watch},
@@ -198,11 +198,11 @@ pub async fn run(shared: Arc<Shared>, stop: CancellationToken) -> Result<(), Dae
         metrics::DAEMON_RECONNECTS.inc();
         match why {
             Why::Refused => tracing::error!(
-                error = %error,
+                error = %chain(&error),
                 "the gateway refuses this daemon's token; run `reliant daemon register`; trying again all the same"
             ),
-            _ if !warned => tracing::warn!(error = %error, delay = ?delay, "not connected"),
-            _ => tracing::debug!(error = %error, delay = ?delay, "not connected"),
+            _ if !warned => tracing::warn!(error = %chain(&error), delay = ?delay, "not connected"),
+            _ => tracing::debug!(error = %chain(&error), delay = ?delay, "not connected"),
         }
         warned = true;
         tokio::select! {
@@ -268,7 +268,7 @@ async fn open_next(
             Ok(session) => return Ok(session),
             Err(error @ SessionError::Stop(_)) => return Err(Some((error, served.began))),
             Err(error) => {
-                tracing::debug!(error = %error, "the next stream could not be opened");
+                tracing::debug!(error = %chain(&error), "the next stream could not be opened");
                 delay = backoff.next(why(&error, None));
             }
         }

@@ -324,17 +324,24 @@ async fn take_up(
                 Box::pin(async move { reply.await.map(Up::DispatchReply) })
             }
             Down::Cancel(cancel) => {
+                taken(&trace, "cancel");
                 let reply = calls.cancel(cancel);
                 Box::pin(async move { reply.await.map(Up::CancelReply) })
             }
-            Down::Prefix(prefix) => Box::pin(async move {
-                let read = tokio::task::spawn_blocking(move || calls.outputs.prefix(&prefix)).await;
-                read.ok().map(Up::PrefixReply)
-            }),
-            Down::Output(output) => Box::pin(async move {
-                let read = tokio::task::spawn_blocking(move || calls.outputs.read(&output)).await;
-                read.ok().map(Up::OutputReply)
-            }),
+            Down::Prefix(prefix) => {
+                taken(&trace, "prefix");
+                Box::pin(async move {
+                    let read = tokio::task::spawn_blocking(move || calls.outputs.prefix(&prefix)).await;
+                    read.ok().map(Up::PrefixReply)
+                })
+            }
+            Down::Output(output) => {
+                taken(&trace, "output");
+                Box::pin(async move {
+                    let read = tokio::task::spawn_blocking(move || calls.outputs.read(&output)).await;
+                    read.ok().map(Up::OutputReply)
+                })
+            }
             Down::Welcome(_) | Down::ResultAck(_) | Down::GoAway(_) => continue,
         };
         let control = control.clone();
@@ -346,6 +353,13 @@ async fn take_up(
             working.fetch_sub(1, Ordering::AcqRel);
             drop(permit);
         });
+    }
+}
+
+/// A request other than a dispatch was taken up.
+fn taken(trace: &TraceContext, frame: &'static str) {
+    if !trace.is_empty() {
+        hop(trace, tracing::info_span!(span::TUNNEL_RECEIVE, otel.kind = "consumer", tunnel.frame = frame));
     }
 }
 

@@ -86,7 +86,7 @@ async fn a_sampled_flag_from_outside_makes_nobody_export() -> Result<()> {
     Ok(())
 }
 
-async fn metrics(rig: &Rig) -> Result<String> {
+pub async fn metrics(rig: &Rig) -> Result<String> {
     let mut all = String::new();
     for role in rig.mesh.apis.iter().chain(&rig.mesh.workers).chain(&rig.mesh.gateways) {
         let admin = role.addresses().admin.context("a role has an admin listener")?;

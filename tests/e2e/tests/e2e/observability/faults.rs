@@ -13,9 +13,9 @@ use serde_json::json;
 use super::{checked, named, traced};
 use crate::scripts::{MODEL, PATIENCE, one_call, session};
 
-const RESTART: Duration = Duration::from_secs(60);
+pub const RESTART: Duration = Duration::from_secs(60);
 
-async fn call_running(ada: &Person, turn: TurnId) -> Result<()> {
+pub async fn call_running(ada: &Person, turn: TurnId) -> Result<()> {
     eventually("a running call", PATIENCE, || async {
         let turn = ada.client.get_turn(pb::GetTurnRequest { turn_id: turn.to_string(), ..Default::default() }).await?;
         Ok(turn.tool_calls.iter().any(|call| call.status() == pb::ToolCallStatus::Running).then_some(()))
@@ -23,7 +23,7 @@ async fn call_running(ada: &Person, turn: TurnId) -> Result<()> {
     .await
 }
 
-fn turn_of(sent: &pb::SendMessageResponse) -> TurnId {
+pub fn turn_of(sent: &pb::SendMessageResponse) -> TurnId {
     sent.turn.as_ref().expect("the api says which turn it is").id.parse().expect("an id")
 }
 

@@ -3,6 +3,9 @@
 
 mod bad_input;
 mod faults;
+mod links;
+mod logs;
+mod subjects;
 mod turns;
 
 use anyhow::{Context as _, Result};

@@ -29,6 +29,7 @@ const TO_DAEMON: Hop = ("tunnel.send", "producer", "gateway");
 const AT_DAEMON: Hop = ("tunnel.receive", "consumer", "daemon");
 const RESULT: Hop = ("tool.result", "producer", "daemon");
 const FROM_DAEMON: Hop = ("tunnel.receive", "consumer", "gateway");
+const TO_WORKER: Hop = ("request reliant.v1.result.{daemon}.{call}", "producer", "gateway");
 const COMMIT: Hop = ("process reliant.v1.result.{daemon}.{call}", "consumer", "worker");
 
 /// What every turn has: there, to the model, and back to the viewer.
@@ -48,7 +49,7 @@ fn common(spans: &[Span]) {
 fn tool(spans: &[Span], execute: &str) {
     way(spans, &[DISPATCH, TO_DAEMON, AT_DAEMON, (execute, "internal", "daemon")]);
     way(spans, &[AT_DAEMON, ("tool.send", "producer", "daemon")]);
-    way(spans, &[AT_DAEMON, RESULT, FROM_DAEMON, COMMIT, ("db commit_result", "client", "worker")]);
+    way(spans, &[AT_DAEMON, RESULT, FROM_DAEMON, TO_WORKER, COMMIT, ("db commit_result", "client", "worker")]);
 }
 
 /// The phases make the turn: from the call's arrival at the api until its end was given to the viewer, within 5%.

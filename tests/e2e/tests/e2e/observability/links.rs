@@ -1,0 +1,112 @@
+//! What is done again stands beside what it replaces, linked to it, and not below it. Takeovers are in `faults`, decisions
+//! in `turns`.
+
+use std::time::Duration;
+
+use anyhow::Result;
+use reliant_harness::{DaemonOptions, RigOptions, eventually};
+use reliant_observe::{Span, tree};
+use reliant_telemetry::names::attr;
+use reliant_types::pb;
+use serde_json::json;
+
+use super::{
+    checked,
+    faults::{RESTART, call_running, turn_of},
+    named, succeeded, traced,
+};
+use crate::scripts::{MODEL, PATIENCE, one_call, script, session};
+
+/// Each of these but the first links to the one before it, in the order of their beginning.
+#[track_caller]
+fn each_links_to_the_one_before(spans: &[Span], again: &[&Span]) {
+    let mut again = again.to_vec();
+    again.sort_by_key(|span| span.start_ns);
+    assert!(again.len() >= 2, "nothing was done again\n{}", tree::text(spans));
+    for pair in again.windows(2) {
+        let linked = pair[1].links.iter().any(|link| link.span_id == pair[0].span_id);
+        assert!(linked, "'{}' does not link to the one it replaces\n{}", pair[1].name, tree::text(spans));
+        assert_ne!(pair[1].parent_id, pair[0].span_id, "it is below the one it replaces");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn model_calls_that_are_made_again_link_to_those_before() -> Result<()> {
+    let (rig, sink) = traced(RigOptions::default()).await?;
+    let ada = rig.person("ada").await?;
+    let mut chat = session(&ada, "sim/fault?kind=503&times=3&retry_after=0.1", pb::ChatMode::Auto).await?;
+    let report = chat.send_and_wait("hello", PATIENCE).await?;
+    succeeded("refused three times", &report);
+    let spans = checked(sink, "refused three times", &report.turn).await?;
+    let calls = named(&spans, "chat");
+    assert_eq!(calls.len(), 4, "{}", tree::text(&spans));
+    each_links_to_the_one_before(&spans, &calls);
+    assert_eq!(calls.iter().filter(|call| call.error).count(), 3, "{}", tree::text(&spans));
+
+    // After its first piece an answer is not asked again by the same attempt: another one takes its place.
+    let mut chat = session(&ada, "sim/fault?kind=cut&times=1&after=5", pb::ChatMode::Auto).await?;
+    let report = chat.send_and_wait("hello", PATIENCE).await?;
+    assert!(report.succeeded(), "{report:?}");
+    let spans = checked(sink, "broken off", &report.turn).await?;
+    let (claims, rounds) = (named(&spans, "turn.claim"), named(&spans, "turn.round"));
+    assert_eq!((claims.len(), rounds.len()), (2, 2), "{}", tree::text(&spans));
+    let first = claims.iter().min_by_key(|claim| claim.start_ns).map(|claim| claim.span_id.as_str());
+    let linked = rounds.iter().flat_map(|round| &round.links).any(|link| Some(link.span_id.as_str()) == first);
+    assert!(linked, "{}", tree::text(&spans));
+    Ok(())
+}
+
+/// The daemon stands still, so that the worker cannot know whether the call arrived, and sends it again: it runs once, and
+/// what the daemon takes up second links to the first.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_that_is_sent_again_links_to_its_first_dispatch() -> Result<()> {
+    let (rig, sink) = traced(RigOptions::default()).await?;
+    let ada = rig.person("ada").await?;
+    let daemon = rig.daemon(&ada, "laptop", DaemonOptions::default()).await?;
+    let mut chat = session(&ada, MODEL, pb::ChatMode::Auto).await?;
+    let calls = json!([{ "name": "shell", "args": { "command": "echo once >> runs; sleep 4" } }]);
+    let turn = turn_of(&chat.send(&script(json!([{ "tools": calls, "ttft_ms": 1000 }, { "text": "done" }]))).await?);
+    daemon.process.pause();
+    let request = pb::GetTurnRequest { turn_id: turn.to_string(), ..Default::default() };
+    let trace = ada.client.get_turn(request).await?.turn.unwrap_or_default().trace_id;
+    let sent = eventually("a second dispatch", PATIENCE, || async {
+        Ok((named(&sink.store().spans(&trace), "tool.dispatch").len() >= 2).then_some(()))
+    });
+    let sent = sent.await;
+    daemon.process.resume();
+    sent?;
+    let ended = chat.wait_turn(turn, PATIENCE).await?;
+    assert_eq!(ended.status(), pb::TurnStatus::Succeeded, "{ended:?}");
+    let spans = checked(sink, "sent again", &ended).await?;
+    assert_eq!(named(&spans, "execute_tool").len(), 1, "{}", tree::text(&spans));
+    assert_eq!(std::fs::read_to_string(daemon.root.join("runs"))?, "once\n");
+    let is_dispatch = |span: &&Span| span.name == "tunnel.receive" && span.text(attr::FRAME) == "dispatch";
+    let mut taken: Vec<_> = spans.iter().filter(is_dispatch).collect();
+    taken.sort_by_key(|span| span.start_ns);
+    assert!(taken.len() >= 2, "{}", tree::text(&spans));
+    for again in &taken[1..] {
+        let linked = again.links.iter().any(|link| link.span_id == taken[0].span_id);
+        assert!(linked, "a dispatch that came again does not link to the first\n{}", tree::text(&spans));
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_result_that_is_offered_again_links_to_its_first_offer() -> Result<()> {
+    let (mut rig, sink) = traced(RigOptions::default()).await?;
+    let ada = rig.person("ada").await?;
+    let _daemon = rig.daemon(&ada, "laptop", DaemonOptions::default()).await?;
+    let mut chat = session(&ada, MODEL, pb::ChatMode::Auto).await?;
+    let turn = turn_of(&chat.send(&one_call("shell", json!({ "command": "sleep 1" }))).await?);
+    call_running(&ada, turn).await?;
+    // Nobody takes the result until it is back.
+    rig.mesh.workers[0].kill();
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    rig.mesh.workers[0].restart(RESTART).await?;
+    let ended = chat.wait_turn(turn, PATIENCE).await?;
+    assert_eq!(ended.status(), pb::TurnStatus::Succeeded, "{ended:?}");
+    let spans = checked(sink, "offered again", &ended).await?;
+    let offers: Vec<_> = named(&spans, "request").into_iter().filter(|span| span.name.contains(".result.")).collect();
+    each_links_to_the_one_before(&spans, &offers);
+    Ok(())
+}
