@@ -20,8 +20,8 @@ use reliant_rpc::{
     approval_service_server::ApprovalServiceServer, chat_service_server::ChatServiceServer,
     daemon_service_server::DaemonServiceServer, identity_service_server::IdentityServiceServer,
     message_service_server::MessageServiceServer, model_service_server::ModelServiceServer,
-    project_service_server::ProjectServiceServer, token_service_server::TokenServiceServer,
-    turn_service_server::TurnServiceServer,
+    project_service_server::ProjectServiceServer, telemetry_service_server::TelemetryServiceServer,
+    token_service_server::TokenServiceServer, turn_service_server::TurnServiceServer,
 };
 use reliant_runtime::{AdminServer, Drain, Role, TaskKind, check_fn};
 use reliant_types::{Code, Failure, limits, pb};
@@ -208,6 +208,7 @@ async fn services(app: &Arc<App>) -> Result<(HealthReporter, Routes), ApiError> 
         .add_service(limited!(MessageServiceServer, Messages(app.clone())))
         .add_service(limited!(ModelServiceServer, ModelList(app.clone())))
         .add_service(limited!(ProjectServiceServer, Projects(app.clone())))
+        .add_service(limited!(TelemetryServiceServer, Telemetry(app.clone())))
         .add_service(limited!(TokenServiceServer, Tokens(app.clone())))
         .add_service(limited!(TurnServiceServer, Turns(app.clone())))
         .add_service(UpdateServer(app.clone()));
@@ -224,6 +225,7 @@ async fn set_health(reporter: &HealthReporter, status: ServingStatus) {
         <MessageServiceServer<Messages> as NamedService>::NAME,
         <ModelServiceServer<ModelList> as NamedService>::NAME,
         <ProjectServiceServer<Projects> as NamedService>::NAME,
+        <TelemetryServiceServer<Telemetry> as NamedService>::NAME,
         <TokenServiceServer<Tokens> as NamedService>::NAME,
         <TurnServiceServer<Turns> as NamedService>::NAME,
         UpdateServer::NAME,

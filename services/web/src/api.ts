@@ -8,6 +8,7 @@ import { DaemonService } from "../gen/reliant/v1/daemons_pb.js";
 import { IdentityService } from "../gen/reliant/v1/identity_pb.js";
 import { MessageService } from "../gen/reliant/v1/messages_pb.js";
 import { ModelService } from "../gen/reliant/v1/models_pb.js";
+import { TelemetryService } from "../gen/reliant/v1/telemetry_pb.js";
 import { TurnService } from "../gen/reliant/v1/turns_pb.js";
 import { UpdateService } from "../gen/reliant/v1/updates_pb.js";
 import { token } from "./session.js";
@@ -31,6 +32,7 @@ export const api = {
   identity: createClient(IdentityService, unary),
   messages: createClient(MessageService, unary),
   models: createClient(ModelService, unary),
+  telemetry: createClient(TelemetryService, unary),
   turns: createClient(TurnService, unary),
   updates: createClient(UpdateService, streaming),
 };

@@ -4,11 +4,13 @@ import { create } from "@bufbuild/protobuf";
 import { type Approval, ApprovalScope, type Chat, type ChatMode } from "../gen/reliant/v1/common_pb.js";
 import type { Daemon } from "../gen/reliant/v1/daemons_pb.js";
 import { type FeedEvent, SubscribeRequestSchema, type SubscribeResponse } from "../gen/reliant/v1/updates_pb.js";
+import type { PageSpan } from "../gen/reliant/v1/telemetry_pb.js";
 import { api } from "./api.js";
 import { byId, el, hide, place, setText } from "./dom.js";
 import { shown, type Shown } from "./errors.js";
 import { follow } from "./follow.js";
 import * as session from "./session.js";
+import { Click } from "./trace.js";
 import { Transcript } from "./transcript.js";
 import { ChatView } from "./view.js";
 import { duration } from "./words.js";
@@ -24,7 +26,9 @@ let view: ChatView | undefined;
 let stream: AbortController | undefined;
 let drawing = 0;
 /** A message whose acceptance is not known: sent again with the same id, it is the same message. */
-let unsent: { text: string; id: string; chatId: string } | undefined;
+let unsent: { text: string; id: string; chatId: string; click: Click } | undefined;
+/** The click whose answer is not on the page yet. */
+let awaited: { turnId: string; click: Click } | undefined;
 
 // ---- signing in
 
@@ -211,18 +215,42 @@ async function newChat(): Promise<string | undefined> {
 async function send(): Promise<void> {
   const input = byId<HTMLTextAreaElement>("text");
   const text = input.value;
+  const click = new Click();
   if (!text.trim()) return;
   const chatId = view?.chatId ?? (await newChat());
   if (!chatId) return;
-  if (unsent?.text !== text || unsent.chatId !== chatId) unsent = { text, id: newId(), chatId };
+  if (unsent?.text !== text || unsent.chatId !== chatId) unsent = { text, id: newId(), chatId, click };
+  const message = unsent;
   const button = byId<HTMLButtonElement>("send");
   button.disabled = true;
-  const sent = await attempt(() => api.messages.sendMessage({ chatId, clientMessageId: unsent?.id ?? newId(), text }));
+  const call = message.click.call();
+  const headers = { traceparent: call.traceparent };
+  const sent = await attempt(() => api.messages.sendMessage({ chatId, clientMessageId: message.id, text }, { headers }));
+  call.end(!sent);
   button.disabled = false;
   if (!sent) return;
   unsent = undefined;
+  // A try whose answer was lost may have been of another page load; then the trace is not this click's.
+  if (sent.turn && sent.turn.traceId === message.click.traceId) {
+    awaited = { turnId: sent.turn.id, click: message.click };
+    tell(sent.turn.id, message.click, message.click.sent());
+  }
   input.value = "";
   input.focus();
+}
+
+/** Hands the page's spans to the api. What fails is let go: a trace is not worth a person's attention. */
+function tell(turnId: string, click: Click, spans: PageSpan[]): void {
+  api.telemetry.reportPageSpans({ turnId, spans, nowUnixUs: click.now() }).catch(() => undefined);
+}
+
+/** After a drawing: whether the answer's first piece is on the page now. */
+function toldFirstText(shownView: ChatView): void {
+  if (!awaited || !shownView.hasAnswer(awaited.turnId)) return;
+  const { turnId, click } = awaited;
+  awaited = undefined;
+  // The next frame begins when this one is on the screen.
+  requestAnimationFrame(() => tell(turnId, click, click.firstText()));
 }
 
 /** `crypto.randomUUID` exists on secure origins only; a console on plain http has none. */
@@ -264,7 +292,9 @@ function draw(): void {
     drawing = 0;
     drawChats();
     drawHeader();
-    if (view) transcript.draw(view);
+    if (!view) return;
+    transcript.draw(view);
+    toldFirstText(view);
   });
 }
 

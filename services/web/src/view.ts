@@ -8,6 +8,7 @@ import {
   ApprovalStatus,
   type Chat,
   type Message,
+  Role,
   type ToolCall,
   ToolCallStatus,
   type Turn,
@@ -150,6 +151,14 @@ export class ChatView {
   /** The turn that is not at its end; the oldest, where others wait behind it. */
   openTurn(): Turn | undefined {
     return [...this.turns.values()].filter((turn) => !turnEnded(turn)).sort((a, b) => (a.id < b.id ? -1 : 1))[0];
+  }
+
+  /** Whether a piece of the turn's answer, or a whole message of it, is known. */
+  hasAnswer(turnId: string): boolean {
+    const written = [...this.live.values()].some(
+      (live) => live.started.turnId === turnId && [...live.blocks.values()].some((block) => block.text.text !== ""),
+    );
+    return written || [...this.messages.values()].some((message) => message.turnId === turnId && message.role === Role.ASSISTANT);
   }
 
   pendingApproval(callId: string): Approval | undefined {

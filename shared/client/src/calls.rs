@@ -285,6 +285,9 @@ rpcs! {
         list_tokens, "ListTokens", Repeatable, ListTokensRequest => ListTokensResponse;
         revoke_token, "RevokeToken", Repeatable, RevokeTokenRequest => RevokeTokenResponse;
     }
+    "TelemetryService", telemetry_service_client::TelemetryServiceClient {
+        report_page_spans, "ReportPageSpans", Once, ReportPageSpansRequest => ReportPageSpansResponse;
+    }
     "ModelService", model_service_client::ModelServiceClient {
         list_models, "ListModels", Repeatable, ListModelsRequest => ListModelsResponse;
     }

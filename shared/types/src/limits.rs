@@ -96,6 +96,11 @@ pub const PREFIX_HOLD: Duration = Duration::from_secs(5);
 /// A producer says how much there is this often, so that a lost last delta is noticed.
 pub const LENGTH_INTERVAL: Duration = Duration::from_secs(1);
 
+/// Spans that a page reports at one time.
+pub const PAGE_SPANS_MAX: usize = 16;
+/// A longer span, or one that began longer ago, is no page's.
+pub const PAGE_SPAN_MAX: Duration = Duration::from_secs(3600);
+
 /// Messages one NATS subscription buffers; the library's own default is 65,536.
 pub const NATS_SUBSCRIPTION_MAX: usize = 1024;
 /// NATS' own default limit for a message; larger payloads are split before they are published.

@@ -2,8 +2,11 @@
 
 use std::{path::Path, process::Stdio};
 
+use crate::observability::{traced, way, well_formed};
 use anyhow::{Context as _, Result, ensure};
 use reliant_harness::{DaemonOptions, Rig, RigOptions, tools_dir};
+use reliant_observe::tree;
+use reliant_types::pb;
 use tokio::{io::AsyncWriteExt as _, process::Command};
 
 const LOGIN_CODE_TTL: std::time::Duration = std::time::Duration::from_secs(600);
@@ -36,7 +39,7 @@ async fn python_grpcio_learns_all_by_reflection() -> Result<()> {
 async fn a_browser_signs_in_chats_and_sees_a_tool_run() -> Result<()> {
     // Slow enough that a person, and the test, sees the text grow.
     let config = "[models]\ndefault = \"sim/default?rate=60\"\n".to_owned();
-    let rig = Rig::start(RigOptions { config, ..Default::default() }).await?;
+    let (rig, sink) = traced(RigOptions { config, ..Default::default() }).await?;
     let ada = rig.person("ada").await?;
     let _daemon = rig.daemon(&ada, "laptop", DaemonOptions::default()).await?;
     let code = rig.store.create_login_code(ada.user, LOGIN_CODE_TTL).await?;
@@ -50,5 +53,22 @@ async fn a_browser_signs_in_chats_and_sees_a_tool_run() -> Result<()> {
         .await
         .context("node could not be started")?;
     ensure!(status.success(), "the browser test failed");
+
+    // Each message's trace begins at the click.
+    let chats = ada.client.list_chats(pb::ListChatsRequest::default()).await?.chats;
+    let turns = sink.store().list(&chats.first().context("the page made a chat")?.id, true, 10);
+    ensure!(turns.len() == 3, "three messages were sent: {turns:?}");
+    for turn in turns {
+        let spans = well_formed(sink, "from the browser", &turn.trace_id).await?;
+        let web = |name, kind| (name, kind, "web");
+        let send = "reliant.v1.MessageService/SendMessage";
+        way(&spans, &[web("client.send_message", "internal"), web(send, "client"), (send, "server", "api")]);
+        way(&spans, &[web(send, "client"), ("turn.accept", "internal", "api")]);
+        let painted = way(&spans, &[web("client.send_message", "internal"), web("client.first_text", "internal")]);
+        let first = spans.iter().find(|span| span.name.starts_with("chat ")).context("a model was asked")?;
+        ensure!(painted.end_ns > first.start_ns, "text was painted before the model was asked\n{}", tree::text(&spans));
+        let roots = spans.iter().filter(|span| span.parent_id.is_empty()).count();
+        ensure!(roots == 1 && tree::orphans(&spans).is_empty(), "not one whole trace\n{}", tree::text(&spans));
+    }
     Ok(())
 }
