@@ -15,7 +15,7 @@ BIN := $(CARGO_TARGET_DIR)/debug
 WEB := services/web
 BROWSER := tests/browser
 
-.PHONY: help up demo test test-observability test-fresh chaos bench lint fmt web web-test proto tools test-tools doctor deny sqlx build clean need-cargo need-npm
+.PHONY: help up demo test test-observability test-phoenix test-fresh chaos bench lint fmt web web-test proto tools test-tools doctor deny sqlx build clean need-cargo need-npm
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +42,10 @@ chaos: build tools ## Kill, cut, pause and slow everything for half an hour; not
 test-observability: ## Traces, phases, logs and metrics of a real mesh, with many kills; prints each trace (part of `make test`, with few)
 	@$(MAKE) -j2 test-tools build
 	@SHOW_TRACES=1 RELIANT_TEST_KILLS=40 $(BIN)/xtask test --test e2e observability -- --nocapture --test-threads=2
+
+test-phoenix: build tools ## Our spans in a trace store that is not ours, found by its API (installs arize-phoenix on first use, 830 MB)
+	@python3 xtask/provision/provision.py phoenix
+	@$(RELIANT_CACHE)/phoenix/bin/python tests/foreign/phoenix.py $(BIN)/reliant
 
 bench: web tools ## Measure it, in release (9 minutes to build); JSON to $BENCH_OUT
 	@echo "building in release; from nothing this takes about 9 minutes on two cores"

