@@ -43,6 +43,7 @@ pub struct Built {
 /// Takes the state directory, opens the journal, ends what an earlier process left.
 pub async fn build(config: DaemonConfig) -> Result<Built, DaemonError> {
     let config = config.checked()?;
+    outlive_limits();
     let state_dir = StateDir::open(&config.state_dir)?;
     let dir = state_dir.path().to_owned();
     let roots = Roots::open(&config.roots)?;
@@ -72,6 +73,15 @@ pub async fn build(config: DaemonConfig) -> Result<Built, DaemonError> {
 
 fn declared(calls: &Calls, roots: &Roots) -> Declared {
     Declared { roots: roots.iter().map(|r| r.declaration()).collect(), tools: calls.toolbox.declarations() }
+}
+
+/// A write past a limit on file sizes is to fail like one on a full disk, not to end the process. A handler, and not the
+/// signal ignored: what the tools start has the usual behaviour again.
+fn outlive_limits() {
+    let kind = tokio::signal::unix::SignalKind::from_raw(rustix::process::Signal::XFSZ.as_raw());
+    if let Err(error) = tokio::signal::unix::signal(kind) {
+        tracing::warn!(%error, "a limit on file sizes would end this daemon");
+    }
 }
 
 fn hostname() -> String {

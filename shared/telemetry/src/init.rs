@@ -256,7 +256,8 @@ pub fn init(config: &TelemetryConfig) -> Result<Guard, TelemetryError> {
         .with_target(false)
         .with_tracked_inactivity(false)
         .with_filter(span_targets());
-    let stderr = tracing_subscriber::fmt::layer().with_writer(writer(config)?);
+    // A line that cannot be written must not be told of on the same full disk: that would panic.
+    let stderr = tracing_subscriber::fmt::layer().log_internal_errors(false).with_writer(writer(config)?);
     let written: Box<dyn Layer<_> + Send + Sync> = match config.log_format {
         LogFormat::Json => stderr
             .fmt_fields(tracing_subscriber::fmt::format::JsonFields::new())

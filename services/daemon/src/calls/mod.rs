@@ -92,10 +92,15 @@ impl Calls {
     /// they are, and every result that waits is offered. Blocking.
     pub async fn recover(&self) -> Result<(), JournalError> {
         let unfinished = self.journal.running();
-        let ids: Vec<ToolCallId> = unfinished.iter().map(|(id, _)| *id).collect();
+        let mut ids: Vec<ToolCallId> = unfinished.iter().map(|(id, _)| *id).collect();
         let dir = self.running_dir.clone();
-        let killed = tokio::task::spawn_blocking(move || process::kill_calls(&dir, &ids)).await.unwrap_or(0);
-        if !unfinished.is_empty() {
+        let killed = tokio::task::spawn_blocking(move || {
+            // A journal that was lost knows nothing of what it had started; the processes are there all the same.
+            ids.extend(process::left_running(&dir));
+            process::kill_calls(&dir, &ids)
+        });
+        let killed = killed.await.unwrap_or(0);
+        if killed > 0 || !unfinished.is_empty() {
             tracing::warn!(
                 calls = unfinished.len(),
                 killed,

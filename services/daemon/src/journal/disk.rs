@@ -12,6 +12,7 @@ use reliant_types::{Incarnation, ToolCallId};
 use super::{
     JournalError,
     state::{Entry, Header, Phase, State, Tombstone, Write},
+    vet::Overlay,
 };
 
 /// Raised when an older daemon could misread what a newer one wrote.
@@ -128,11 +129,22 @@ impl Opener for FileOpener {
         match std::fs::symlink_metadata(path) {
             Ok(meta) => check_owner(path, &meta)?,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => create(path)?,
-            Err(e) => return Err(e.into()),
+            Err(e) => return Err(unreadable(path, &e)),
         }
+        allowed(path)?;
         refuse_newer(path)?;
         guarded(|| builder().open(path).map_err(JournalError::from))
     }
+}
+
+/// What the user may not do to the file is said as that, not as a disk that is full.
+fn allowed(path: &Path) -> Result<(), JournalError> {
+    let opened = std::fs::OpenOptions::new().read(true).write(true).open(path);
+    opened.map(drop).map_err(|e| unreadable(path, &e))
+}
+
+fn unreadable(path: &Path, error: &std::io::Error) -> JournalError {
+    JournalError::Unreadable { path: path.to_owned(), reason: error.to_string() }
 }
 
 fn check_owner(path: &Path, meta: &std::fs::Metadata) -> Result<(), JournalError> {
@@ -150,15 +162,18 @@ fn check_owner(path: &Path, meta: &std::fs::Metadata) -> Result<(), JournalError
     Ok(())
 }
 
-/// Looks at the format without writing a byte, where the file was closed in order.
+/// Looks at the file, and at its format, without writing a byte.
 fn refuse_newer(path: &Path) -> Result<(), JournalError> {
     guarded(|| match builder().open_read_only(path) {
         Ok(db) => match db.begin_read()?.open_table(META) {
             Ok(meta) => check_format(&meta),
             Err(_) => Ok(()),
         },
-        // Not closed in order: the opening that follows repairs it, and then looks at the format.
-        Err(redb::DatabaseError::RepairAborted) => Ok(()),
+        // Not closed in order: the opening that follows writes, so it is tried beside the file first.
+        Err(redb::DatabaseError::RepairAborted) => {
+            let tried = builder().create_with_backend(Overlay::of(path)?)?;
+            check_format(&tried.begin_read()?.open_table(META)?)
+        }
         Err(e) => Err(e.into()),
     })
 }

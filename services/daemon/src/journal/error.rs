@@ -16,6 +16,11 @@ pub enum JournalError {
     )]
     ForeignOwner { path: PathBuf, owner: u32, uid: u32 },
     #[error(
+        "the journal {path} cannot be opened: {reason}; let the user that starts the daemon read and write it, or give \
+         another state_dir"
+    )]
+    Unreadable { path: PathBuf, reason: String },
+    #[error(
         "the journal is damaged ({0}); begin a new one with `reliant daemon start --reset-journal` (the old file is \
          kept aside; calls that were sent to it end as outcome unknown)"
     )]
@@ -38,7 +43,9 @@ impl JournalError {
             Self::Full | Self::Io(_) => Code::JournalFull,
             Self::Closed => Code::Draining,
             Self::InUse => Code::AlreadyExists,
-            Self::Newer { .. } | Self::ForeignOwner { .. } | Self::Corrupt(_) => Code::Internal,
+            Self::Newer { .. } | Self::ForeignOwner { .. } | Self::Unreadable { .. } | Self::Corrupt(_) => {
+                Code::Internal
+            }
         };
         Failure::new(code, self.to_string())
     }

@@ -6,6 +6,7 @@
 mod disk;
 mod error;
 pub mod state;
+mod vet;
 mod writer;
 
 #[cfg(test)]

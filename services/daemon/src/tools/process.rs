@@ -69,6 +69,12 @@ impl Drop for PidFile {
     }
 }
 
+/// Calls whose group leader an earlier daemon wrote down and did not see end.
+pub fn left_running(dir: &Path) -> Vec<ToolCallId> {
+    let Ok(entries) = std::fs::read_dir(dir) else { return Vec::new() };
+    entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect()
+}
+
 /// Pids whose environment has `name=value` for one of the values.
 fn marked(name: &str, values: &HashSet<String>) -> Vec<u32> {
     let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };

@@ -53,16 +53,25 @@ struct FaultyDisk(Arc<Mutex<Image>>);
 impl FaultyDisk {
     /// The machine dies: each unsynced change survives by its bit, the one at `torn` in part.
     fn crash(&self, survives: u64, torn: usize) {
+        let count = self.0.lock().pending.len().max(1);
+        self.crash_where(|n| survives >> (n % 64) & 1 == 1, |n| (n == torn % count).then_some(torn % 4096));
+    }
+
+    /// As above; so many bytes of a change survive, or all of it.
+    fn crash_where(&self, survives: impl Fn(usize) -> bool, torn: impl Fn(usize) -> Option<usize>) {
         let mut image = self.0.lock();
         let pending = std::mem::take(&mut image.pending);
         let mut bytes = std::mem::take(&mut image.synced);
-        for (n, change) in pending.iter().enumerate() {
-            if survives >> (n % 64) & 1 == 1 {
-                apply(&mut bytes, change, (n == torn % pending.len()).then_some(torn % 4096));
-            }
+        for (n, change) in pending.iter().enumerate().filter(|(n, _)| survives(*n)) {
+            apply(&mut bytes, change, torn(n));
         }
         image.current = bytes.clone();
         image.synced = bytes;
+    }
+
+    /// As it was when a sync began.
+    fn as_of(synced: Vec<u8>, pending: Vec<Pending>) -> Self {
+        Self(Arc::new(Mutex::new(Image { synced, pending, ..Image::default() })))
     }
 
     fn opener(&self) -> BackendOpener<impl Fn() -> FaultyDisk + Send + Sync + 'static> {
@@ -144,7 +153,8 @@ fn steps(seed: &[(u8, u8)]) -> Vec<Vec<Write>> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 256, ..ProptestConfig::default() })]
 
-    /// Whatever survives of a commit that was cut, the journal opens, and holds the state before it or after it.
+    /// Whatever survives of a commit that was cut, the journal opens, and holds the state before it or after it: 40 times,
+    /// ten of them a beginning of its writes with the next one torn.
     #[test]
     fn every_crash_leaves_a_journal(
         seed in prop::collection::vec((any::<u8>(), any::<u8>()), 1..12),
@@ -172,11 +182,15 @@ proptest! {
         let mut next = whole.clone();
         writes.iter().for_each(|w| next.apply(w));
         drop(disk);
-        for (survives, torn) in crashes {
-            let crashed = FaultyDisk::default();
+        for (case, (survives, torn)) in crashes.into_iter().enumerate() {
             let (synced, pending) = syncs[torn % syncs.len()].clone();
-            { let mut image = crashed.0.lock(); image.synced = synced; image.pending = pending; }
-            crashed.crash(survives, torn);
+            let end = torn % (pending.len() + 1);
+            let crashed = FaultyDisk::as_of(synced, pending);
+            if case % 4 == 0 {
+                crashed.crash_where(|n| n <= end, |n| (n == end).then_some(survives as usize % 4096));
+            } else {
+                crashed.crash(survives, torn);
+            }
             let (disk, again) = match Disk::open(&crashed.opener()) {
                 Ok(opened) => opened,
                 Err(e) => return Err(TestCaseError::fail(format!("{e}"))),
