@@ -11,7 +11,11 @@ use reliant_types::{
     ChatId, DaemonId, ToolCallId, UserId, limits,
     pb::{self, connect_response::Frame},
 };
-use std::{collections::HashSet, sync::Arc, time::Duration};
+use std::{
+    collections::HashSet,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
@@ -24,6 +28,8 @@ use crate::{
 const RESULTS_MAX: usize = 64;
 const RETRY_FIRST: Duration = Duration::from_millis(50);
 const RETRY_MAX: Duration = Duration::from_secs(2);
+/// A daemon that declares again and again costs a row's write in this time, not one each.
+const DECLARE_INTERVAL: Duration = Duration::from_secs(1);
 /// What fits into one answer over NATS, with room for its frame.
 const REPLY_MAX_BYTES: usize = limits::NATS_PAYLOAD_MAX_BYTES - 64 * 1024;
 
@@ -47,7 +53,8 @@ impl Results {
     /// Takes a result on its way. Without room it is dropped: the daemon repeats it until it is acknowledged.
     pub fn take(&self, trace: TraceContext, result: pb::ToolResult) {
         let Ok(call) = result.call_id.parse::<ToolCallId>() else {
-            tracing::warn!(daemon.id = %self.daemon, "a result without a valid call id was dropped");
+            tracing::debug!(daemon.id = %self.daemon, "a result without a valid call id was dropped");
+            metrics::DAEMON_FRAMES_REFUSED.with_label_values(&["result"]).inc();
             return;
         };
         let Ok(place) = self.places.clone().try_acquire_owned() else {
@@ -126,10 +133,38 @@ fn stamped(daemon: DaemonId, mut result: pb::ToolResult) -> pb::ToolResult {
     result
 }
 
+/// How much live output a stream may still send.
+pub(crate) struct Allowance {
+    bytes: f64,
+    since: Instant,
+}
+
+impl Allowance {
+    pub fn new(now: Instant) -> Self {
+        Self { bytes: limits::DAEMON_LIVE_BURST_BYTES as f64, since: now }
+    }
+
+    fn take(&mut self, bytes: usize, now: Instant) -> bool {
+        let grown = now.duration_since(self.since).as_secs_f64() * limits::DAEMON_LIVE_MAX_BYTES_PER_SECOND as f64;
+        self.bytes = (self.bytes + grown).min(limits::DAEMON_LIVE_BURST_BYTES as f64);
+        self.since = now;
+        let fits = bytes as f64 <= self.bytes;
+        if fits {
+            self.bytes -= bytes as f64;
+        }
+        fits
+    }
+}
+
 /// Live output goes out at once or not at all; what is dropped is refilled from the daemon.
-pub(crate) fn live(bus: &Bus, user: UserId, trace: &TraceContext, output: pb::LiveOutput) {
+pub(crate) fn live(bus: &Bus, user: UserId, allowance: &mut Allowance, trace: &TraceContext, output: pb::LiveOutput) {
+    if !allowance.take(output.encoded_len(), Instant::now()) {
+        metrics::QUEUE_REFUSED.with_label_values(&["tunnel_output"]).inc();
+        return;
+    }
     let Some((topic, update)) = checked(user, output) else {
         tracing::debug!(user.id = %user, "live output for a foreign or unknown chat was dropped");
+        metrics::DAEMON_FRAMES_REFUSED.with_label_values(&["output"]).inc();
         return;
     };
     let sent = tokio::task::unconstrained(bus.publish_with(trace, &topic, &update)).now_or_never();
@@ -208,7 +243,13 @@ impl Declarer {
                 };
                 let Some(declarations) = next else { return };
                 match declare(&hub, &seat, &declarations).await {
-                    Ok(()) => backoff.reset(),
+                    Ok(()) => {
+                        backoff.reset();
+                        tokio::select! {
+                            () = tokio::time::sleep(DECLARE_INTERVAL) => {}
+                            () = gone.cancelled() => return,
+                        }
+                    }
                     Err(error) => {
                         tracing::warn!(error = %chain(&error), daemon.id = %seat.daemon, "declarations were not stored; tried again");
                         slot.lock().next.get_or_insert(declarations);
@@ -313,6 +354,18 @@ mod tests {
         assert!(checked(UserId::new(), output.clone()).is_none());
         assert!(checked(owner, pb::LiveOutput { chat_id: "*".into(), ..output.clone() }).is_none());
         assert!(checked(owner, pb::LiveOutput { deltas: vec![], ..output }).is_none());
+    }
+
+    #[test]
+    fn live_output_is_carried_at_a_pace() {
+        let begun = Instant::now();
+        let mut allowance = Allowance::new(begun);
+        let frame = limits::DAEMON_LIVE_BURST_BYTES / 4;
+        let taken = |allowance: &mut Allowance, now| (0..100).filter(|_| allowance.take(frame, now)).count();
+        assert_eq!(taken(&mut allowance, begun), 4);
+        assert_eq!(taken(&mut allowance, begun + Duration::from_millis(250)), 2);
+        assert_eq!(taken(&mut allowance, begun + Duration::from_secs(60)), 4, "no more than a burst");
+        assert!(!allowance.take(limits::DAEMON_LIVE_BURST_BYTES + 1, begun + Duration::from_secs(120)));
     }
 
     #[test]

@@ -27,6 +27,8 @@ pub(crate) enum End {
     BusAway,
     /// The deadline of a drain passed.
     Drained,
+    /// The daemon sent what is no frame, or one that is too large.
+    Unreadable,
 }
 
 impl End {
@@ -41,6 +43,7 @@ impl End {
             End::LeaseLost => "lease_lost",
             End::BusAway => "bus_away",
             End::Drained => "drained",
+            End::Unreadable => "unreadable",
         }
     }
 
@@ -57,6 +60,9 @@ impl End {
             End::LeaseLost => ("another gateway holds this daemon now", false),
             End::BusAway => ("this gateway lost its connection to NATS", false),
             End::Drained => ("this gateway stops", false),
+            End::Unreadable => {
+                ("a frame of this daemon was garbage, or larger than the 4 MiB that a frame may have", false)
+            }
         };
         Some(pb::GoAway { reason: reason.into(), drain: false, stop })
     }
@@ -228,7 +234,7 @@ mod tests {
 
     #[test]
     fn only_what_cannot_come_back_is_told_to_stop() {
-        for end in [End::Replaced, End::LeaseLost, End::BusAway, End::Drained] {
+        for end in [End::Replaced, End::LeaseLost, End::BusAway, End::Drained, End::Unreadable] {
             assert!(end.go_away().is_some_and(|away| !away.stop && !away.drain), "{end:?}");
         }
         for end in [End::Outdated, End::Revoked, End::TokenExpired] {

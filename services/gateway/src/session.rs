@@ -6,13 +6,16 @@ use reliant_bus::{BusError, PrefixSubject, Received, Subscription, ToolSubject};
 use reliant_runtime::{Drain, TaskKind};
 use reliant_telemetry::{TraceContext, chain, hop, metrics};
 use reliant_types::pb::{self, connect_request, connect_response::Frame, tool_reply::Reply, tool_request::Request};
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 use tokio::{sync::OwnedSemaphorePermit, time::MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 use tonic::Streaming;
 
 use crate::{
-    bridge::{self, Declarer, Results},
+    bridge::{self, Allowance, Declarer, Results},
     hub::{End, Hub, Seat},
     pending::{Asker, Kind, Pending},
     writer::Writer,
@@ -47,6 +50,7 @@ struct Routes {
     pending: Pending,
     results: Results,
     declarer: Declarer,
+    live: Allowance,
 }
 
 impl Session {
@@ -55,7 +59,8 @@ impl Session {
         let Session { hub, seat, inbound, writer, drain, place } = self;
         let results = Results::new(hub.clone(), seat.daemon, writer.clone(), drain.clone(), gone.clone());
         let declarer = Declarer::new(hub.clone(), seat.clone(), drain.clone(), gone.clone());
-        let routes = Routes { hub, seat, writer, drain, pending: Pending::new(), results, declarer };
+        let live = Allowance::new(Instant::now());
+        let routes = Routes { hub, seat, writer, drain, pending: Pending::new(), results, declarer, live };
         (routes, inbound, place, gone)
     }
 
@@ -117,7 +122,11 @@ impl Routes {
                     Some(Ok(frame)) => self.on_frame(frame),
                     Some(Err(status)) => {
                         tracing::debug!(daemon.id = %seat.daemon, code = ?status.code(), "a daemon's stream broke");
-                        return End::Closed;
+                        if !unreadable(&status) {
+                            return End::Closed;
+                        }
+                        metrics::DAEMON_FRAMES_REFUSED.with_label_values(&["unreadable"]).inc();
+                        return End::Unreadable;
                     }
                     None => return End::Closed,
                 },
@@ -221,18 +230,20 @@ impl Routes {
             }
             Some(Frame::PrefixReply(reply)) => self.answer_prefix(id, reply),
             Some(Frame::Result(result)) => self.results.take(trace, result),
-            Some(Frame::Output(output)) => bridge::live(&self.hub.bus, self.seat.user, &trace, output),
+            Some(Frame::Output(output)) => {
+                bridge::live(&self.hub.bus, self.seat.user, &mut self.live, &trace, output);
+            }
             Some(Frame::Declarations(declarations)) => self.declarer.take(declarations),
-            Some(Frame::Hello(_)) => tracing::debug!(daemon.id = %self.seat.daemon, "a second hello was ignored"),
+            Some(Frame::Hello(_)) => refused_frame("hello"),
             // Of a newer version.
-            None => {}
+            None => refused_frame("empty"),
         }
     }
 
     fn answer_tool(&mut self, id: u64, fits: impl FnOnce(&Kind) -> bool, reply: impl FnOnce() -> Reply) {
         let Some(entry) = self.pending.answer(id, fits) else {
             tracing::debug!(daemon.id = %self.seat.daemon, "an answer fits no request; it was late or wrong");
-            return;
+            return refused_frame("answer");
         };
         entry.timer.done("answered");
         if let Asker::Tool(asker) = entry.asker {
@@ -242,7 +253,7 @@ impl Routes {
     }
 
     fn answer_prefix(&mut self, id: u64, reply: pb::PrefixReply) {
-        let Some(entry) = self.pending.answer(id, |kind| *kind == Kind::Prefix) else { return };
+        let Some(entry) = self.pending.answer(id, |kind| *kind == Kind::Prefix) else { return refused_frame("answer") };
         entry.timer.done("answered");
         if let Asker::Prefix(asker) = entry.asker {
             self.reply(asker, bridge::fitting(reply));
@@ -266,6 +277,17 @@ impl Routes {
             }
         }
     }
+}
+
+fn refused_frame(reason: &str) {
+    metrics::DAEMON_FRAMES_REFUSED.with_label_values(&[reason]).inc();
+}
+
+/// Whether the stream broke over what it carried. A connection that broke has its cause as the source.
+fn unreadable(status: &tonic::Status) -> bool {
+    let of_content =
+        matches!(status.code(), tonic::Code::OutOfRange | tonic::Code::Internal | tonic::Code::Unimplemented);
+    of_content && std::error::Error::source(status).is_none()
 }
 
 fn log_unanswered(result: Result<(), BusError>) {

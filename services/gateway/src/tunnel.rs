@@ -180,7 +180,7 @@ async fn hello(inbound: &mut Streaming<pb::ConnectRequest>) -> Result<pb::Hello,
     let first = tokio::time::timeout(HELLO_TIMEOUT, inbound.message())
         .await
         .map_err(|_| Failure::new(Code::DeadlineExceeded, "the daemon said no hello in time"))?
-        .map_err(|status| reliant_rpc::failure(&status))?;
+        .map_err(|_| Failure::field("frame", "the first frame cannot be read: it is garbage, or too large"))?;
     match first.and_then(|first| first.frame) {
         Some(connect_request::Frame::Hello(hello)) => Ok(hello),
         _ => Err(Failure::field("frame", "the first frame of a stream is hello")),

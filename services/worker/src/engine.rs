@@ -160,9 +160,22 @@ impl Drop for CancelGuard<'_> {
     }
 }
 
-/// Turns are counted where their end is committed, by the database's clock.
+/// Turns and calls are counted where their end is committed, turns by the database's clock.
 fn measure(event: &pb::ChatEvent) {
-    let Some(pb::chat_event::Kind::TurnChanged(turn)) = &event.kind else { return };
+    let turn = match &event.kind {
+        Some(pb::chat_event::Kind::TurnChanged(turn)) => turn,
+        Some(pb::chat_event::Kind::ToolCallChanged(changed)) => {
+            let unknown = changed.tool_call.as_ref().map_or(pb::UnknownCause::Unspecified, pb::ToolCall::unknown_cause);
+            match unknown {
+                pb::UnknownCause::Unspecified => {}
+                pb::UnknownCause::ProcessDied => metrics::TOOL_UNKNOWN.with_label_values(&["process_died"]).inc(),
+                pb::UnknownCause::JournalLost => metrics::TOOL_UNKNOWN.with_label_values(&["journal_lost"]).inc(),
+                pb::UnknownCause::DaemonAway => metrics::TOOL_UNKNOWN.with_label_values(&["daemon_away"]).inc(),
+            }
+            return;
+        }
+        _ => return,
+    };
     let status = match turn.status() {
         pb::TurnStatus::Succeeded => "succeeded",
         pb::TurnStatus::Failed => "failed",

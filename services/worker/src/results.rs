@@ -5,12 +5,13 @@
 use std::sync::Arc;
 
 use reliant_bus::{Received, ResultSubject};
+use reliant_store::ResultFate;
 use reliant_telemetry::{chain, metrics};
-use reliant_types::pb;
+use reliant_types::{Code, Failure, pb};
 use tokio::sync::Semaphore;
 use tracing::Instrument;
 
-use crate::{engine::Engine, presence::GROUP};
+use crate::{engine::Engine, presence::GROUP, rounds::Settled};
 
 /// Results committed at one time; further ones wait in the subscription's buffer, and past that at the daemon.
 const PARALLEL: usize = 64;
@@ -48,26 +49,44 @@ async fn commit(engine: &Arc<Engine>, received: Received<ResultSubject>) {
     let committed = match engine.store.commit_result(daemon, result).await {
         Ok(committed) => committed,
         Err(error) => {
+            let said = chain(&error).to_string();
+            let failure = Failure::from(error);
+            if failure.code == Code::InvalidArgument {
+                // The same result will never be a better one.
+                tracing::debug!(%failure, tool.call_id = %call, "a result that no call can have was discarded");
+                metrics::TOOL_RESULTS.with_label_values(&["malformed"]).inc();
+                acknowledge(engine, received, pb::AckOutcome::Discarded).await;
+                return;
+            }
             // No acknowledgement: the daemon offers it again.
-            tracing::warn!(error = %chain(&error), tool.call_id = %call, "a result was not committed");
+            tracing::warn!(error = said, tool.call_id = %call, "a result was not committed");
             metrics::TOOL_RESULTS.with_label_values(&["failed"]).inc();
             return;
         }
     };
-    let ack = pb::ResultAck {
-        call_id: result.call_id.clone(),
-        generation: result.generation,
-        outcome: committed.value as i32,
+    let fate = committed.value;
+    metrics::TOOL_RESULTS.with_label_values(&[fate.label()]).inc();
+    let applied = fate == ResultFate::Committed;
+    let settled = match fate {
+        ResultFate::Committed | ResultFate::Repeated | ResultFate::Late => engine.rounds.settle(call),
+        // Who waits for another's call is not told that it ended.
+        ResultFate::Foreign | ResultFate::Unknown => Settled::default(),
     };
-    let settled = engine.rounds.settle(call);
-    let applied = committed.value == pb::AckOutcome::Committed;
-    metrics::TOOL_RESULTS.with_label_values(&[if applied { "committed" } else { "discarded" }]).inc();
     if applied && let Some(round_trip) = settled.round_trip {
         metrics::TOOL_ROUND_TRIP.observe(round_trip.as_secs_f64());
     }
     // The sender of the call waits for it here and asks Postgres itself: a wake would only cost.
     engine.tell_with(committed, !settled.awaited);
+    acknowledge(engine, received, fate.ack()).await;
+}
+
+async fn acknowledge(engine: &Engine, received: Received<ResultSubject>, outcome: pb::AckOutcome) {
+    let ack = pb::ResultAck {
+        call_id: received.message.call_id.clone(),
+        generation: received.message.generation,
+        outcome: outcome as i32,
+    };
     if let Err(error) = received.reply(&engine.bus, &ack).await {
-        tracing::debug!(error = %chain(&error), tool.call_id = %call, "an acknowledgement was not sent; the result comes again");
+        tracing::debug!(error = %chain(&error), tool.call_id = %received.topic.call, "an acknowledgement was not sent; the result comes again");
     }
 }

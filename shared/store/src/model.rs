@@ -300,6 +300,42 @@ pub enum CommitOutcome {
     Fenced,
 }
 
+/// What became of a result that was offered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ResultFate {
+    /// It ended its call.
+    Committed,
+    /// It had ended its call before.
+    Repeated,
+    /// The call had ended otherwise; recorded, never applied.
+    Late,
+    /// Of another daemon's call, of another journal, or of a generation that was never sent.
+    Foreign,
+    /// There is no such call.
+    Unknown,
+}
+
+impl ResultFate {
+    /// What the daemon is told.
+    pub fn ack(self) -> pb::AckOutcome {
+        match self {
+            ResultFate::Committed | ResultFate::Repeated => pb::AckOutcome::Committed,
+            ResultFate::Late | ResultFate::Foreign | ResultFate::Unknown => pb::AckOutcome::Discarded,
+        }
+    }
+
+    /// As a metric label.
+    pub fn label(self) -> &'static str {
+        match self {
+            ResultFate::Committed => "committed",
+            ResultFate::Repeated => "repeated",
+            ResultFate::Late => "late",
+            ResultFate::Foreign => "foreign",
+            ResultFate::Unknown => "unknown",
+        }
+    }
+}
+
 /// A dispatch whose generation is durable: to be sent now.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DispatchOrder {

@@ -4,12 +4,12 @@
 //! applied; the same result again is answered as committed.
 
 use reliant_types::{
-    DaemonId, Failure, ToolCallId, UserId, limits,
+    DaemonId, Failure, Incarnation, ToolCallId, UserId, limits,
     pb::{self, chat_event::Kind},
 };
 
 use crate::{
-    Committed, Result, Store, StoreError,
+    Committed, Result, ResultFate, Store, StoreError,
     chat_tx::{ChatTx, Key},
     pages::shortened,
     rows::{CallRow, call_status_text, calls, cause_text},
@@ -29,13 +29,13 @@ struct Stored {
 }
 
 impl Store {
-    /// `daemon`: who sent it, as the gateway stamped it.
-    pub async fn commit_result(&self, daemon: DaemonId, result: &pb::ToolResult) -> Result<Committed<pb::AckOutcome>> {
+    /// `daemon`: who sent it, as the gateway stamped it. A result that no call can have is the caller's mistake.
+    pub async fn commit_result(&self, daemon: DaemonId, result: &pb::ToolResult) -> Result<Committed<ResultFate>> {
         let stored = stored(result)?;
         self.run("commit_result", async || {
             let Some(mut tx) = ChatTx::open(self, Key::Call(stored.call)).await? else {
                 // Deleted, or invented by the daemon; nobody is told.
-                return Ok(Committed::nothing(UserId(uuid::Uuid::nil()), pb::AckOutcome::Discarded));
+                return Ok(Committed::nothing(UserId(uuid::Uuid::nil()), ResultFate::Unknown));
             };
             match apply(&mut tx, daemon, result, &stored).await? {
                 Some(round) => {
@@ -46,11 +46,11 @@ impl Store {
                     if !own.turn_ended {
                         settle::close_round(&mut tx, &round);
                     }
-                    tx.commit(pb::AckOutcome::Committed).await
+                    tx.commit(ResultFate::Committed).await
                 }
                 None => {
-                    let outcome = too_late(&mut tx, daemon, result, &stored).await?;
-                    tx.commit(outcome).await
+                    let fate = too_late(&mut tx, daemon, result, &stored).await?;
+                    tx.commit(fate).await
                 }
             }
         })
@@ -71,6 +71,9 @@ fn stored(result: &pb::ToolResult) -> Result<Stored, Failure> {
     );
     if !ended {
         return Err(Failure::field("status", "a result says how its call ended"));
+    }
+    if result.incarnation.parse::<Incarnation>().is_err() {
+        return Err(Failure::field("incarnation", "a result names the journal that it is from"));
     }
     let unknown = status == pb::ToolCallStatus::OutcomeUnknown;
     let cause = match result.unknown_cause() {
@@ -145,25 +148,21 @@ async fn apply(
 }
 
 /// Tells the same result again from one that must be recorded only.
-async fn too_late(
-    tx: &mut ChatTx,
-    daemon: DaemonId,
-    result: &pb::ToolResult,
-    stored: &Stored,
-) -> Result<pb::AckOutcome> {
+async fn too_late(tx: &mut ChatTx, daemon: DaemonId, result: &pb::ToolResult, stored: &Stored) -> Result<ResultFate> {
     let row = calls!(SELECT "WHERE c.id = $1", stored.call.0).fetch_one(tx.conn()).await?;
     let its_own = row.daemon_id == Some(daemon.0) && row.sent > 0;
     if !its_own || row.is_open() {
-        tracing::warn!(
+        // Counted by its fate; a daemon that makes them up must not fill the log.
+        tracing::debug!(
             tool.call_id = %stored.call,
             daemon.id = %daemon,
             tool.generation = result.generation,
             "a result does not fit its call's daemon, journal or generation; discarded"
         );
-        return Ok(pb::AckOutcome::Discarded);
+        return Ok(ResultFate::Foreign);
     }
     if row.status == call_status_text(stored.status) && row.result == stored.text {
-        return Ok(pb::AckOutcome::Committed);
+        return Ok(ResultFate::Repeated);
     }
     sqlx::query!(
         "UPDATE tool_calls SET late_result = $2 WHERE id = $1 AND late_result IS NULL",
@@ -172,7 +171,7 @@ async fn too_late(
     )
     .execute(tx.conn())
     .await?;
-    Ok(pb::AckOutcome::Discarded)
+    Ok(ResultFate::Late)
 }
 
 #[cfg(test)]
@@ -191,12 +190,14 @@ mod tests {
         let result = pb::ToolResult {
             call_id: ToolCallId::new().to_string(),
             status: pb::ToolCallStatus::OutcomeUnknown as i32,
+            incarnation: Incarnation::new().to_string(),
             ..Default::default()
         };
         let stored = stored(&result).unwrap();
         assert_eq!(stored.cause, pb::UnknownCause::ProcessDied);
         assert!(stored.is_error && stored.text.starts_with("Outcome unknown"));
-        let running = pb::ToolResult { status: pb::ToolCallStatus::Running as i32, ..result };
+        let running = pb::ToolResult { status: pb::ToolCallStatus::Running as i32, ..result.clone() };
         assert!(super::stored(&running).is_err());
+        assert!(super::stored(&pb::ToolResult { incarnation: "\0".into(), ..result }).is_err());
     }
 }

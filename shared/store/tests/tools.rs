@@ -15,7 +15,7 @@ async fn a_result_twice_is_committed_once() {
     assert_eq!(world.ack(&result).await, pb::AckOutcome::Committed);
     let before = world.log().await.len();
     let again = world.store().commit_result(world.daemon, &result).await.unwrap();
-    assert_eq!((again.value, again.events.len(), again.wake), (pb::AckOutcome::Committed, 0, None));
+    assert_eq!((again.value, again.events.len(), again.wake), (ResultFate::Repeated, 0, None));
     assert_eq!(world.log().await.len(), before);
     // Another outcome afterwards is recorded and not applied.
     let other = pb::ToolResult { status: Status::Failed as i32, ..world.result(call, generation, "no") };
@@ -32,7 +32,7 @@ async fn a_result_offered_by_eight_gateways_at_once_is_committed_once() {
     let result = world.result(call, generation, "ok");
     let offers = (0..8).map(|_| world.store().commit_result(world.daemon, &result));
     let acks: Vec<_> = futures::future::join_all(offers).await.into_iter().map(Result::unwrap).collect();
-    assert!(acks.iter().all(|ack| ack.value == pb::AckOutcome::Committed));
+    assert!(acks.iter().all(|ack| ack.value.ack() == pb::AckOutcome::Committed));
     assert_eq!(acks.iter().filter(|ack| ack.wake.is_some()).count(), 1);
     let messages = world.messages().await;
     assert_eq!(messages.iter().filter(|message| message.role() == pb::Role::Tool).count(), 1);
@@ -46,7 +46,7 @@ async fn a_result_from_elsewhere_is_discarded() {
     let good = world.result(call, generation, "ok");
     let (other, _) = world.store().register_daemon(world.user, "desktop", false).await.unwrap();
     let ack = world.store().commit_result(other, &good).await.unwrap();
-    assert_eq!(ack.value, pb::AckOutcome::Discarded, "another daemon's");
+    assert_eq!(ack.value, ResultFate::Foreign, "another daemon's");
     let future = world.result(call, generation + 1, "ok");
     assert_eq!(world.ack(&future).await, pb::AckOutcome::Discarded, "a generation that was never sent");
     let journal = pb::ToolResult { incarnation: Incarnation::new().to_string(), ..good.clone() };

@@ -153,7 +153,7 @@ metrics! {
     pub static TOOL_DISPATCH: IntCounterVec = ("reliant_tool_dispatch_total", ["outcome"]);
     /// Calls whose outcome cannot be known, by cause.
     pub static TOOL_UNKNOWN: IntCounterVec = ("reliant_tool_outcome_unknown_total", ["cause"]);
-    /// Results received, by what became of them (committed, discarded, late).
+    /// Results received, by what became of them. committed: it ended its call. repeated: it had done so before. late: the call had ended otherwise. foreign: of another daemon's or journal's call. unknown: of no call. malformed: of no call that can be. failed, undelivered: not stored or not taken now; it comes again.
     pub static TOOL_RESULTS: IntCounterVec = ("reliant_tool_results_total", ["outcome"]);
     /// Dispatch leaving the worker to the result arriving there, with the tool's own time.
     pub static TOOL_ROUND_TRIP: Histogram = ("reliant_tool_round_trip_seconds", [], LONG_SECONDS);
@@ -177,7 +177,9 @@ metrics! {
     // --- daemons
     /// Daemon streams this gateway holds.
     pub static DAEMONS_CONNECTED: IntGauge = ("reliant_daemons_connected", []);
-    /// Daemon streams that ended, by reason (closed, replaced, revoked, drain, lease_lost, bus_away, hello, error).
+    /// Frames of daemons that were not taken, by reason. result: names no call. answer: to nothing that was asked, or too late. output: for a chat or user that is not its owner's. hello: a second one. empty: nothing, or of a newer version. unreadable: garbage, or larger than a frame may be; it ends the stream.
+    pub static DAEMON_FRAMES_REFUSED: IntCounterVec = ("reliant_daemon_frames_refused_total", ["reason"]);
+    /// Daemon streams that ended, by reason (closed, replaced, outdated, revoked, token_expired, lease_lost, bus_away, drained, unreadable, refused).
     pub static DAEMON_STREAM_ENDS: IntCounterVec = ("reliant_daemon_stream_ends_total", ["reason"]);
     /// Requests to daemons whose answer is awaited.
     pub static DAEMON_PENDING: IntGauge = ("reliant_daemon_pending_requests", []);

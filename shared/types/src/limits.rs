@@ -80,6 +80,10 @@ pub const DAEMON_RUNNING_CALLS_MAX: usize = 256;
 pub const GATEWAY_DAEMONS_MAX: usize = 20_000;
 /// Requests to one daemon whose answer is awaited.
 pub const GATEWAY_PENDING_MAX: usize = 1024;
+/// Live output of one daemon that a gateway carries, whatever the daemon believes; what is more is dropped, and refilled on
+/// demand. Four calls at the full pace that our daemon gives to each.
+pub const DAEMON_LIVE_MAX_BYTES_PER_SECOND: usize = 8 * 1024 * 1024;
+pub const DAEMON_LIVE_BURST_BYTES: usize = 4 * 1024 * 1024;
 pub const LEASE_DURATION: Duration = Duration::from_secs(10);
 pub const LEASE_RENEW_INTERVAL: Duration = Duration::from_secs(3);
 

@@ -199,7 +199,7 @@ impl World {
     }
 
     pub async fn ack(&self, result: &pb::ToolResult) -> pb::AckOutcome {
-        self.store().commit_result(self.daemon, result).await.unwrap().value
+        self.store().commit_result(self.daemon, result).await.unwrap().value.ack()
     }
 
     /// The daemon goes, without giving its lease back.
