@@ -20,6 +20,8 @@ use crate::{
 
 const STOP_PATIENCE: Duration = Duration::from_secs(30);
 const TOKEN_FILE: &str = "token";
+/// What it was registered as.
+const NAME_FILE: &str = "name";
 const FOLLOW_INTERVAL: Duration = Duration::from_millis(250);
 const LOG_TAIL_MAX_BYTES: u64 = 4 * 1024 * 1024;
 
@@ -52,9 +54,13 @@ async fn register(global: Global, args: DaemonRegisterArgs) -> Result<()> {
     let made = client.register_daemon(pb::RegisterDaemonRequest { name: name.clone(), replace: args.replace }).await?;
     let path = state_dir(&global, &args.state)?.join(TOKEN_FILE);
     write_private(&path, made.token.as_bytes())?;
+    write_private(&path.with_file_name(NAME_FILE), name.as_bytes())?;
     say(&format!("registered '{name}' as {}", made.daemon_id));
     say(&format!("its token is kept in {} and is not shown again", path.display()));
-    say("start it with: reliant daemon start");
+    match &args.state.state_dir {
+        Some(dir) => say(&format!("start it with: reliant daemon start --state-dir {}", dir.display())),
+        None => say("start it with: reliant daemon start"),
+    }
     Ok(())
 }
 
@@ -75,9 +81,15 @@ async fn start(global: Global, args: DaemonStartArgs) -> Result<()> {
         let token = std::fs::read_to_string(&path)
             .with_context(|| format!("no token in {}; run `reliant daemon register` first", path.display()))?;
         config.daemon.token = Secret::new(token.trim());
+        if config.daemon.name.is_empty() {
+            let name = std::fs::read_to_string(path.with_file_name(NAME_FILE)).unwrap_or_default();
+            config.daemon.name = name.trim().to_owned();
+        }
     }
-    if args.reset_journal {
-        reliant_daemon::reset_journal(&config.daemon.state_dir)?;
+    if args.reset_journal
+        && let Some(aside) = reliant_daemon::reset_journal(&config.daemon.state_dir)?
+    {
+        say(&format!("the old journal was put aside as {}", aside.display()));
     }
     std::fs::create_dir_all(&config.daemon.state_dir)
         .with_context(|| format!("could not make {}", config.daemon.state_dir.display()))?;

@@ -100,10 +100,10 @@ impl Shared {
         self.instance.store(session.welcome.instance, Ordering::Release);
         tracing::info!(
             gateway = %session.address,
-            gateway_id = %session.welcome.gateway_id,
-            daemon_id = %session.welcome.daemon_id,
-            instance = session.welcome.instance,
-            epoch = session.welcome.lease_epoch,
+            gateway.id = %session.welcome.gateway_id,
+            daemon.id = %session.welcome.daemon_id,
+            daemon.instance = session.welcome.instance,
+            lease.epoch = session.welcome.lease_epoch,
             "connected"
         );
         self.connection.send_replace(Connection {
