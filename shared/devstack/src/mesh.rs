@@ -173,6 +173,22 @@ impl RoleProcess {
         self.process.resume();
     }
 
+    /// Whether the kernel refuses every write of this process to a file, as a full disk would. What it started before is
+    /// not concerned; what it starts meanwhile is.
+    #[cfg(target_os = "linux")]
+    pub fn refuse_writes(&self, refused: bool) -> std::io::Result<()> {
+        use rustix::process::{Resource, Rlimit, getrlimit, prlimit};
+        let own = getrlimit(Resource::Fsize);
+        let limit = if refused { Rlimit { current: Some(0), ..own } } else { own };
+        prlimit(Some(self.process.pid()), Resource::Fsize, limit)?;
+        Ok(())
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    pub fn refuse_writes(&self, _refused: bool) -> std::io::Result<()> {
+        Err(std::io::Error::other("another process' limits can be set on Linux alone"))
+    }
+
     /// Lets it drain, at most so long.
     pub async fn stop(&mut self, patience: Duration) {
         self.process.stop(Signal::TERM, patience).await;

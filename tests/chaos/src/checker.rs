@@ -15,7 +15,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::{
-    report::{Findings, Tally},
+    report::{CAUSES, Findings, Tally},
     scripts::{Marks, key_of},
     seat::{Ledger, Seat},
 };
@@ -29,6 +29,8 @@ const JOURNAL_MAX_BYTES: u64 = 1 << 30;
 const DELIVERY: Duration = Duration::from_secs(3);
 /// Clocks are the same machine's; rows are stamped when a transaction begins.
 const SLACK_MS: i64 = 1000;
+/// A daemon that was started anew is known as such by then; what is sent before may be meant for the journal it had.
+const KNOWN_AGAIN_MS: i64 = 20_000;
 
 pub struct Subject<'a> {
     pub arena: &'a Arc<Arena>,
@@ -196,6 +198,7 @@ async fn calls(subject: &Subject<'_>, found: &mut Findings) -> Result<()> {
         }
     }
     let mut asked = HashMap::new();
+    let mut expected = subject.tally.expected_unknown();
     for call in &calls {
         let Some(key) = key_of(&call.input) else {
             found.broken.push(format!("call {} has a strange input: {}", call.id, call.input));
@@ -205,6 +208,12 @@ async fn calls(subject: &Subject<'_>, found: &mut Findings) -> Result<()> {
             found.duplicated.push(format!("the model's call {key:?} is stored as {other} and {}", call.id));
         }
         let (begun, ended) = marks.get(&key).copied().unwrap_or_default();
+        if let Some(cause) = expected.remove(&call.id).filter(|cause| *cause != call.unknown_cause) {
+            found.broken.push(format!(
+                "call {key:?} was cut off and must be unknown by {cause}, but is {} {}",
+                call.status, call.unknown_cause
+            ));
+        }
         match call.status.as_str() {
             "succeeded" if begun == 1 && ended == 1 => {}
             "succeeded" => {
@@ -212,10 +221,18 @@ async fn calls(subject: &Subject<'_>, found: &mut Findings) -> Result<()> {
             }
             "outcome_unknown" => {
                 found.unknown += 1;
+                *found.causes.entry(call.unknown_cause.clone()).or_default() += 1;
+                if !CAUSES.contains(&call.unknown_cause.as_str()) {
+                    found
+                        .broken
+                        .push(format!("call {key:?} is unknown by '{}', which is no cause", call.unknown_cause));
+                }
                 if let Some(why) = unexplained(subject, call) {
                     found.unexplained.push(format!("call {key:?} ({}): {why}", call.unknown_cause));
                 }
             }
+            // A command that was started in that moment has the daemon's limit, and its own writes fail.
+            "failed" if begun == 0 && during(call, &subject.tally.full_disks_of(&host_name(subject, call)), 0) => {}
             other => {
                 let text: String = call.result.chars().take(200).collect();
                 found.broken.push(format!(
@@ -237,16 +254,23 @@ fn host_name(subject: &Subject<'_>, call: &CallLook) -> String {
     subject.hosts.iter().find(|host| host.id == id).map(|host| host.role.name.clone()).unwrap_or_default()
 }
 
+/// Whether one of these times was while the call was under way, or up to `before_ms` before.
+fn during(call: &CallLook, times: &[i64], before_ms: i64) -> bool {
+    let (from, to) = (call.dispatched_ms.unwrap_or(i64::MIN), call.ended_ms.unwrap_or(i64::MAX));
+    times.iter().any(|at| at + SLACK_MS + before_ms >= from && *at <= to.saturating_add(SLACK_MS))
+}
+
 /// Why this unknown outcome cannot have come of a fault; None where it can.
 fn unexplained(subject: &Subject<'_>, call: &CallLook) -> Option<String> {
     let host = host_name(subject, call);
-    let (from, to) = (call.dispatched_ms.unwrap_or(i64::MIN), call.ended_ms.unwrap_or(i64::MAX));
-    let ended =
-        subject.tally.ends_of(&host).iter().any(|at| at + SLACK_MS >= from && *at <= to.saturating_add(SLACK_MS));
+    let ended = during(call, &subject.tally.ends_of(&host), 0);
+    let lost = during(call, &subject.tally.losses_of(&host), KNOWN_AGAIN_MS);
     match call.unknown_cause.as_str() {
         "process_died" if ended => None,
         "process_died" => Some(format!("{host} was not ended while it ran")),
-        // No journal is lost here, and no daemon stays away for hours.
+        "journal_lost" if lost => None,
+        "journal_lost" => Some(format!("{host} kept its journal")),
+        // No daemon stays away for hours here.
         other => Some(format!("no fault of this campaign is a reason for '{other}'")),
     }
 }

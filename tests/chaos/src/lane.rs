@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use crate::{
     chance::Chance,
-    matrix::{self, Cell, Kind, Process},
+    matrix::{self, Cell, Kind, Process, Step},
     report::{Hit, Tally},
     step::{Scene, Stage},
 };
@@ -103,6 +103,15 @@ async fn play(stage: &Stage, cell: Cell, chance: &mut Chance, tally: &Arc<Tally>
     Ok(Played::Hit)
 }
 
+/// What a call that runs now must end as unknown by.
+fn unknown_by(cell: &Cell) -> Option<&'static str> {
+    match (cell.process, cell.kind, cell.step) {
+        (Process::Daemon, Kind::Kill, Step::Running) => Some("process_died"),
+        (Process::Daemon, Kind::LostJournal, Step::Running) => Some("journal_lost"),
+        _ => None,
+    }
+}
+
 type Struck = (Instant, Option<tokio::task::JoinHandle<anyhow::Result<()>>>);
 
 /// Strikes; None where the step was not there any more, and the fault (if it was done) does not count.
@@ -122,13 +131,17 @@ async fn hit(
     let since = tally.wall_ms();
     let strike = stage.arena.strike(claim, &node, &fault).await?;
     let at = strike.at;
-    // Postgres cannot be asked while it is the one that is away; the look right before must do.
     let still = match cell.process {
-        Process::Postgres => Ok(true),
+        // Postgres cannot be asked while it is the one that is away, and rows may tell of a provider's end at once; the look
+        // right before must do.
+        Process::Postgres | Process::Provider => Ok(true),
         _ => scene.check().await,
     };
     let healing = tokio::spawn(strike.heal());
     let counts = matches!(still, Ok(true));
+    if counts && let Some(cause) = unknown_by(&cell) {
+        scene.surely_cut_off().for_each(|call| tally.expect_unknown(call, cause));
+    }
     let hit = Hit { cell, node: node.peer().to_string(), counts, since_ms: since, fault };
     tally.hit(hit);
     if !counts {

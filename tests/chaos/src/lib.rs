@@ -83,6 +83,9 @@ impl Campaign {
         let mut fits = Vec::new();
         for process in Process::ALL {
             for kind in Kind::ALL {
+                if matrix::impossible(*process, *kind).is_some() {
+                    continue;
+                }
                 fits.extend(Step::ALL.iter().map(|step| Cell { process: *process, kind: *kind, step: *step }));
             }
         }

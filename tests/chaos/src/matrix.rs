@@ -1,5 +1,6 @@
-//! What is done to whom, and when: processes × faults × steps. No cell is impossible: a process can be struck while a chat
-//! is at a step that is in another's hands, and is then needed for the next one.
+//! What is done to whom, and when: processes × faults × steps. No step makes a cell impossible: a process can be struck
+//! while a chat is at a step that is in another's hands, and is then needed for the next one. What cannot be done to a
+//! process at all is listed with the reason, by [`impossible`].
 
 use std::{fmt, time::Duration};
 
@@ -37,6 +38,7 @@ names!(Process {
     Nats = "NATS",
     Postgres = "Postgres",
     Temporal = "Temporal",
+    Provider = "provider",
 });
 
 names!(Kind {
@@ -47,6 +49,8 @@ names!(Kind {
     Cut = "cut",
     HalfOpen = "half-open",
     Slow = "slow",
+    LostJournal = "lost journal",
+    FullDisk = "full disk",
 });
 
 names!(Step {
@@ -69,7 +73,46 @@ impl Process {
             _ => None,
         }
     }
+
+    pub fn kinds(self) -> Vec<Kind> {
+        Kind::ALL.iter().copied().filter(|kind| impossible(self, *kind).is_none()).collect()
+    }
 }
+
+/// Why this is never done to that process.
+pub fn impossible(process: Process, kind: Kind) -> Option<&'static str> {
+    match (process, kind) {
+        (Process::Daemon, _) => None,
+        (_, Kind::LostJournal) => Some("only a daemon has a journal"),
+        (Process::Api | Process::Worker | Process::Gateway | Process::Provider, Kind::FullDisk) => {
+            Some("it keeps nothing on a disk")
+        }
+        (_, Kind::FullDisk) => Some("a server without a disk accepts nothing until its operator gave it one"),
+        (Process::Provider, Kind::Kill | Kind::Terminate | Kind::Pause | Kind::LongPause) => {
+            Some("it is not ours; what is seen of its end is what its network does")
+        }
+        _ => None,
+    }
+}
+
+const fn cell(process: Process, kind: Kind, step: Step) -> Cell {
+    Cell { process, kind, step }
+}
+
+/// Cells that no seed may leave out: those whose outcome is a promise of its own.
+const PINNED: &[Cell] = &[
+    cell(Process::Daemon, Kind::Kill, Step::Running),
+    cell(Process::Daemon, Kind::LostJournal, Step::Running),
+    cell(Process::Daemon, Kind::Kill, Step::Dispatched),
+    cell(Process::Daemon, Kind::Kill, Step::Result),
+    cell(Process::Daemon, Kind::FullDisk, Step::Dispatched),
+    cell(Process::Daemon, Kind::FullDisk, Step::Running),
+    cell(Process::Provider, Kind::Cut, Step::Streaming),
+    cell(Process::Provider, Kind::HalfOpen, Step::Streaming),
+    cell(Process::Provider, Kind::Slow, Step::Streaming),
+];
+/// So many of them in a plan that has no room for all.
+const PINNED_SHORT: usize = 2;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Cell {
@@ -92,24 +135,34 @@ pub fn plan(seed: u64, count: usize) -> Vec<Cell> {
     for process in Process::ALL {
         let mut steps = Step::ALL.to_vec();
         chance.shuffle(&mut steps);
-        for (place, step) in steps.into_iter().enumerate() {
-            // Seven kinds over eight steps: the last step gets one of the quick ones again.
-            let kind = Kind::ALL.get(place).copied().unwrap_or(Kind::Kill);
-            cells.push(Cell { process: *process, kind, step });
+        let kinds = process.kinds();
+        // Where there are more of the ones, the others come again; the long pause does not.
+        let quick: Vec<Kind> = kinds.iter().copied().filter(|kind| *kind != Kind::LongPause).collect();
+        for place in 0..steps.len().max(kinds.len()) {
+            let kind = kinds.get(place).copied().unwrap_or(quick[place % quick.len()]);
+            cells.push(Cell { process: *process, kind, step: steps[place % steps.len()] });
         }
     }
     chance.shuffle(&mut cells);
-    if cells.len() > count {
-        cells.retain(|cell| cell.kind != Kind::LongPause);
-        cells.truncate(count);
+    let mut pinned = PINNED.to_vec();
+    if cells.len() + pinned.len() > count {
+        pinned.truncate(PINNED_SHORT);
+        cells.retain(|cell| {
+            let named = matches!(cell.kind, Kind::LongPause | Kind::LostJournal | Kind::FullDisk);
+            !named && cell.process != Process::Provider
+        });
+        cells.truncate(count.saturating_sub(pinned.len()));
     }
+    cells.extend(pinned);
+    chance.shuffle(&mut cells);
     while cells.len() < count {
-        let kind = *chance.pick(Kind::ALL);
+        let process = *chance.pick(Process::ALL);
+        let kind = *chance.pick(&process.kinds());
         // Once per process is in the part above; it takes long.
         if kind == Kind::LongPause {
             continue;
         }
-        cells.push(Cell { process: *chance.pick(Process::ALL), kind, step: *chance.pick(Step::ALL) });
+        cells.push(Cell { process, kind, step: *chance.pick(Step::ALL) });
     }
     cells
 }
@@ -142,6 +195,8 @@ pub fn fault(cell: &Cell, chance: &mut Chance) -> Fault {
             let delay = chance.between(50, 300);
             network(Network::Slow(delay), chance.between(2000, 5000), only)
         }
+        Kind::LostJournal => Fault::LoseJournal { back_after: chance.between(100, 1500) },
+        Kind::FullDisk => Fault::FullDisk(chance.between(500, 4000)),
     }
 }
 
@@ -159,9 +214,14 @@ mod tests {
             assert_eq!(cells, plan(seed, 200));
             let kinds: HashSet<_> = cells.iter().map(|cell| (cell.process, cell.kind)).collect();
             let steps: HashSet<_> = cells.iter().map(|cell| (cell.process, cell.step)).collect();
-            assert_eq!(kinds.len(), Process::ALL.len() * Kind::ALL.len());
+            assert_eq!(kinds.len(), Process::ALL.iter().map(|process| process.kinds().len()).sum::<usize>());
+            assert!(cells.iter().all(|cell| impossible(cell.process, cell.kind).is_none()));
+            assert!(PINNED.iter().all(|cell| cells.contains(cell)));
             assert_eq!(steps.len(), Process::ALL.len() * Step::ALL.len());
         }
         assert_ne!(plan(1, 100), plan(2, 100));
+        let short = plan(1, 12);
+        assert_eq!(short.len(), 12);
+        assert!(PINNED[..PINNED_SHORT].iter().all(|cell| short.contains(cell)));
     }
 }

@@ -12,8 +12,9 @@ use anyhow::{Context as _, Result};
 use parking_lot::Mutex;
 use reliant_harness::Fault;
 use serde_json::{Map, Value, json};
+use uuid::Uuid;
 
-use crate::matrix::{Cell, Kind, Process, Step};
+use crate::matrix::{Cell, Kind, Process, Step, impossible};
 
 /// A turn that takes longer to recover is named, so that its logs can be read.
 const SLOW: Duration = Duration::from_secs(15);
@@ -39,6 +40,7 @@ pub struct Tally {
     settled: Mutex<Vec<(Cell, Duration)>>,
     takeovers: Mutex<Vec<Duration>>,
     others: Mutex<Vec<(String, Fault, i64)>>,
+    unknown: Mutex<BTreeMap<Uuid, &'static str>>,
     told: AtomicU64,
 }
 
@@ -60,9 +62,33 @@ impl Tally {
         self.others.lock().push((node.to_owned(), fault.clone(), self.wall_ms()));
     }
 
+    /// This call must end as unknown, by this cause.
+    pub fn expect_unknown(&self, call: Uuid, cause: &'static str) {
+        self.unknown.lock().insert(call, cause);
+    }
+
+    pub fn expected_unknown(&self) -> BTreeMap<Uuid, &'static str> {
+        self.unknown.lock().clone()
+    }
+
     /// When this process was ended by us, in Unix milliseconds.
     pub fn ends_of(&self, node: &str) -> Vec<i64> {
-        let ends = |fault: &Fault| matches!(fault, Fault::Kill { .. } | Fault::Terminate { .. });
+        self.times_of(node, |fault| {
+            matches!(fault, Fault::Kill { .. } | Fault::Terminate { .. } | Fault::LoseJournal { .. })
+        })
+    }
+
+    /// When we took this daemon's journal away.
+    pub fn losses_of(&self, node: &str) -> Vec<i64> {
+        self.times_of(node, |fault| matches!(fault, Fault::LoseJournal { .. }))
+    }
+
+    /// When the kernel began to refuse this daemon's writes.
+    pub fn full_disks_of(&self, node: &str) -> Vec<i64> {
+        self.times_of(node, |fault| matches!(fault, Fault::FullDisk(_)))
+    }
+
+    fn times_of(&self, node: &str, ends: impl Fn(&Fault) -> bool) -> Vec<i64> {
         let hits = self.hits.lock();
         let hits = hits.iter().filter(|hit| hit.node == node && ends(&hit.fault)).map(|hit| hit.since_ms);
         let others = self.others.lock();
@@ -100,6 +126,9 @@ impl Tally {
     }
 }
 
+/// All that an outcome may be unknown by.
+pub const CAUSES: &[&str] = &["process_died", "journal_lost", "daemon_away"];
+
 /// What the checker found.
 #[derive(Debug, Default, Clone)]
 pub struct Findings {
@@ -108,6 +137,8 @@ pub struct Findings {
     pub lost: Vec<String>,
     pub duplicated: Vec<String>,
     pub unknown: usize,
+    /// Of them, by cause.
+    pub causes: BTreeMap<String, usize>,
     pub unexplained: Vec<String>,
     /// Broken promises of any other kind.
     pub broken: Vec<String>,
@@ -178,15 +209,23 @@ impl Report {
         let _ = writeln!(text, "\nseed {}, {:.0} s", self.seed, self.took.as_secs_f64());
         let _ = write!(text, "{:<10}", "");
         for kind in Kind::ALL {
-            let _ = write!(text, "{kind:>11}");
+            let _ = write!(text, "{kind:>13}");
         }
         text.push('\n');
         for process in Process::ALL {
             let _ = write!(text, "{process:<10}");
             for kind in Kind::ALL {
-                let _ = write!(text, "{:>11}", counted(*process, &|cell| cell.kind == *kind));
+                let count = match impossible(*process, *kind) {
+                    Some(_) => "-".to_owned(),
+                    None => counted(*process, &|cell| cell.kind == *kind).to_string(),
+                };
+                let _ = write!(text, "{count:>13}");
             }
             text.push('\n');
+        }
+        text.push_str("\n-: never done, because\n");
+        for ((process, kind), why) in pairs().filter_map(|pair| Some((pair, impossible(pair.0, pair.1)?))) {
+            let _ = writeln!(text, "  {process} × {kind}: {why}");
         }
         let _ = write!(text, "\n{:<10}", "");
         for step in Step::ALL {
@@ -212,7 +251,7 @@ impl Report {
             let (median, max) = (quantile(all, 0.5), quantile(all, 1.0));
             let _ = writeln!(
                 text,
-                "  {process:<9} {kind:<11} {:>7.1} s {:>7.1} s",
+                "  {process:<9} {kind:<12} {:>7.1} s {:>7.1} s",
                 median.as_secs_f64(),
                 max.as_secs_f64()
             );
@@ -223,7 +262,7 @@ impl Report {
         let found = &self.findings;
         let _ = writeln!(
             text,
-            "\n{} faults ({} planned), {} turns, {} tool calls: {} lost, {} duplicated, {} unknown ({} unexplained)\n\
+            "\n{} faults ({} planned), {} turns, {} tool calls: {} lost, {} duplicated, {} unknown {:?} ({} unexplained)\n\
              takeover over {} streams: p50 {} ms, p99 {} ms, max {} ms; viewers reconnected {} times",
             self.faults(),
             self.planned,
@@ -232,6 +271,7 @@ impl Report {
             found.lost.len(),
             found.duplicated.len(),
             found.unknown,
+            found.causes,
             found.unexplained.len(),
             self.takeovers.len(),
             self.takeover_ms(0.5),
@@ -253,6 +293,9 @@ impl Report {
         put("lost", json!(self.findings.lost.len()));
         put("duplicated", json!(self.findings.duplicated.len()));
         put("unknown", json!(self.findings.unknown));
+        for cause in CAUSES {
+            put(&format!("unknown_{cause}"), json!(self.findings.causes.get(*cause).copied().unwrap_or_default()));
+        }
         put("unexplained", json!(self.findings.unexplained.len()));
         put("broken", json!(self.findings.broken.len()));
         put("problems", json!(self.problems.len()));
@@ -270,6 +313,10 @@ impl Report {
         let text = serde_json::to_string_pretty(&self.json())?;
         std::fs::write(path, text + "\n").with_context(|| format!("could not write {}", path.display()))
     }
+}
+
+fn pairs() -> impl Iterator<Item = (Process, Kind)> {
+    Process::ALL.iter().flat_map(|process| Kind::ALL.iter().map(|kind| (*process, *kind)))
 }
 
 fn quantile(sorted: &[Duration], share: f64) -> Duration {

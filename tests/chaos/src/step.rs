@@ -7,11 +7,12 @@ use reliant_harness::{Arena, Hold, Host, Layer, Network, Node, Peer, Supervised,
 use reliant_types::pb;
 use serde_json::Value;
 use tokio::time::{Instant, sleep};
+use uuid::Uuid;
 
 use crate::{
     chance::Chance,
     matrix::{Process, Step},
-    scripts::{Marks, call, last, message, round},
+    scripts::{Marks, call, key_of, last, message, round},
     seat::{Accepted, Ledger, Seat},
 };
 
@@ -216,6 +217,9 @@ impl Scene<'_> {
         if let Some(server) = process.server() {
             return Ok(Node::Server(server));
         }
+        if process == Process::Provider {
+            return Ok(Node::Provider);
+        }
         let waiting = self.waiting.clone().filter(|role| role.kind == process.name());
         let role = match process {
             Process::Daemon => Some(self.stage.host.role.clone()),
@@ -226,10 +230,20 @@ impl Scene<'_> {
                 address.and_then(|address| arena.role_at(&address))
             }
             Process::Worker => self.look.producer.as_deref().and_then(|address| arena.role_at(address)),
-            Process::Nats | Process::Postgres | Process::Temporal => None,
+            Process::Nats | Process::Postgres | Process::Temporal | Process::Provider => None,
         };
         let any = arena.roles_of(process.name());
         Ok(Node::Role(role.unwrap_or_else(|| chance.pick(&any).clone())))
+    }
+
+    /// Calls that have begun and, asked after their daemon was killed, have not ended: it cannot know how they did.
+    pub fn surely_cut_off(&self) -> impl Iterator<Item = Uuid> {
+        let marks = Marks::read(&self.stage.host.root);
+        let running = self.look.calls.iter().filter(|call| call.status == "running").cloned();
+        running.filter_map(move |call| {
+            let key = key_of(&call.input)?;
+            (marks.begun.contains_key(&key) && !marks.ended.contains_key(&key)).then_some(call.id)
+        })
     }
 
     /// Ends what made the step last.

@@ -16,8 +16,10 @@ use crate::{
     takeover::Audience,
 };
 
-/// People are not to be limited, and logs tell what went wrong.
-const CONFIG: &str = "[api.limits.rate]\ncalls_per_second = 0.0\n\n[telemetry]\nlog = \"info\"\n";
+/// People are not to be limited, a provider that went silent is given up sooner than after a minute, and logs tell what
+/// went wrong.
+const CONFIG: &str =
+    "[api.limits.rate]\ncalls_per_second = 0.0\n\n[models]\nstall = \"10s\"\n\n[telemetry]\nlog = \"info\"\n";
 
 /// Who is there.
 #[derive(Debug, Clone)]

@@ -54,6 +54,8 @@ pub struct Supervised {
     pub kind: &'static str,
     /// What the role says of itself in `instances`.
     pub address: String,
+    /// Of a daemon.
+    pub(crate) state_dir: Option<PathBuf>,
     pub(crate) process: tokio::sync::Mutex<RoleProcess>,
 }
 
@@ -62,6 +64,8 @@ pub struct Supervised {
 pub enum Node {
     Role(Arc<Supervised>),
     Server(Server),
+    /// The workers' ways to who answers model calls.
+    Provider,
 }
 
 impl Node {
@@ -69,6 +73,7 @@ impl Node {
         match self {
             Node::Role(role) => Peer::Role(role.name.clone()),
             Node::Server(server) => Peer::Server(*server),
+            Node::Provider => Peer::Provider,
         }
     }
 }
@@ -162,6 +167,13 @@ impl Arena {
                     role_env.push((name.clone(), key.to_owned(), url));
                     links.push(Arc::new(link));
                 }
+                if kind == "worker" {
+                    // The provider's address is known when it listens; until then there is nobody behind the way.
+                    let link = Link::to_nobody(Peer::Role(name.clone()), Peer::Provider).await?;
+                    let url = format!("http://{}/v1", link.proxy.address());
+                    role_env.push((name, "RELIANT_SIM__URL".to_owned(), url));
+                    links.push(Arc::new(link));
+                }
             }
         }
         let pem = Jwt::generate_pem();
@@ -183,6 +195,10 @@ impl Arena {
             role_env,
         };
         let mut mesh = Mesh::start(spec, &stack).await?;
+        let provider = mesh.sim.addresses().listen.context("the simulator tells its address")?;
+        for link in links.iter().filter(|link| link.to == Peer::Provider) {
+            link.proxy.target(vec![provider]);
+        }
         let listen = |roles: &[RoleProcess]| -> Vec<(String, SocketAddr)> {
             let all = roles.iter().filter_map(|role| Some((role.name().to_owned(), role.addresses().listen?)));
             all.collect()
@@ -257,7 +273,7 @@ impl Arena {
         let link = links.iter().find(|link| link.to == Peer::Server(Server::Postgres) && link.proxy.owns_port(port))?;
         match &link.from {
             Peer::Role(name) => self.role_named(name),
-            Peer::Server(_) => None,
+            Peer::Server(_) | Peer::Provider => None,
         }
     }
 
@@ -308,7 +324,7 @@ impl Arena {
                 extra_config: String::new(),
             })
             .await?;
-        let role = Arc::new(supervised("daemon", process));
+        let role = Arc::new(Supervised { state_dir: Some(state_dir.clone()), ..supervised("daemon", process) });
         self.hosts.lock().push(role.clone());
         eventually("the daemon's connection", CONNECT_PATIENCE, || async {
             let list = visitor.client.list_daemons(pb::ListDaemonsRequest { include_revoked: false }).await?;
@@ -385,7 +401,7 @@ fn supervised(kind: &'static str, process: RoleProcess) -> Supervised {
     // A worker has no front; it announces its admin listener.
     let address = addresses.listen.or(addresses.admin).map(|address| address.to_string()).unwrap_or_default();
     let name = process.name().to_owned();
-    Supervised { name, kind, address, process: tokio::sync::Mutex::new(process) }
+    Supervised { name, kind, address, state_dir: None, process: tokio::sync::Mutex::new(process) }
 }
 
 fn tail(log: &std::path::Path) -> String {

@@ -2,7 +2,8 @@
 
 use std::{sync::Arc, time::Duration};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result, bail};
+use reliant_daemon::journal::JOURNAL_FILE;
 use reliant_devstack::Server;
 use tokio::{task::JoinHandle, time::Instant};
 
@@ -22,6 +23,10 @@ pub enum Fault {
     Terminate { back_after: Duration },
     /// SIGSTOP.
     Pause(Duration),
+    /// kill -9 of a daemon, whose journal is gone when it is started again.
+    LoseJournal { back_after: Duration },
+    /// No file takes a write of this process any more: RLIMIT_FSIZE, which the kernel enforces without a full disk.
+    FullDisk(Duration),
     /// The ways to `only` that process, or all of its ways.
     Network { network: Network, lasting: Duration, only: Option<Peer> },
 }
@@ -53,6 +58,12 @@ impl Arena {
             }
             (Fault::Pause(_), Node::Role(role)) => role.process.lock().await.pause(),
             (Fault::Pause(_), Node::Server(server)) => self.stack.pause(*server)?,
+            (Fault::LoseJournal { .. }, Node::Role(role)) => {
+                let dir = role.state_dir.as_deref().context("only a daemon has a journal")?;
+                role.process.lock().await.kill();
+                std::fs::remove_file(dir.join(JOURNAL_FILE))?;
+            }
+            (Fault::FullDisk(_), Node::Role(role)) => role.process.lock().await.refuse_writes(true)?,
             (Fault::Network { network, only, .. }, node) => {
                 let links: Vec<Arc<Link>> = self
                     .links_of(&node.peer())
@@ -61,6 +72,7 @@ impl Arena {
                     .collect();
                 layers = links.iter().map(|link| link.lay(*network)).collect();
             }
+            (fault, node) => bail!("{fault:?} cannot be done to {}", node.peer()),
         }
         Ok(Strike {
             at: Instant::now(),
@@ -78,7 +90,7 @@ impl Strike {
     /// Waits as long as the fault lasts and undoes it.
     pub async fn heal(mut self) -> Result<()> {
         match (&self.fault, &self.node) {
-            (Fault::Kill { back_after }, Node::Role(role)) => {
+            (Fault::Kill { back_after } | Fault::LoseJournal { back_after }, Node::Role(role)) => {
                 tokio::time::sleep(*back_after).await;
                 self.arena.restart(role).await?;
             }
@@ -109,10 +121,16 @@ impl Strike {
                 tokio::time::sleep(*lasting).await;
                 self.arena.stack.resume(*server)?;
             }
+            (Fault::FullDisk(lasting), Node::Role(role)) => {
+                tokio::time::sleep(*lasting).await;
+                role.process.lock().await.refuse_writes(false)?;
+            }
             (Fault::Network { lasting, .. }, _) => {
                 tokio::time::sleep(*lasting).await;
                 self.layers.clear();
             }
+            // It was never begun.
+            _ => {}
         }
         Ok(())
     }

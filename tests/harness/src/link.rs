@@ -17,6 +17,8 @@ use crate::{Network, Proxy};
 pub enum Peer {
     Role(String),
     Server(Server),
+    /// Who answers model calls; not ours.
+    Provider,
 }
 
 impl std::fmt::Display for Peer {
@@ -24,6 +26,7 @@ impl std::fmt::Display for Peer {
         match self {
             Peer::Role(name) => f.write_str(name),
             Peer::Server(server) => server.fmt(f),
+            Peer::Provider => f.write_str("provider"),
         }
     }
 }
@@ -48,6 +51,11 @@ static LAYERS: AtomicU64 = AtomicU64::new(0);
 impl Link {
     pub async fn start(from: Peer, to: Peer, target: SocketAddr) -> std::io::Result<Self> {
         Ok(Self { from, to, proxy: Proxy::start(vec![target]).await?, layers: Mutex::default() })
+    }
+
+    /// A way whose end is told later, by its proxy.
+    pub async fn to_nobody(from: Peer, to: Peer) -> std::io::Result<Self> {
+        Ok(Self { from, to, proxy: Proxy::start(Vec::new()).await?, layers: Mutex::default() })
     }
 
     pub fn touches(&self, peer: &Peer) -> bool {
