@@ -72,6 +72,14 @@ impl Hold {
     }
 }
 
+/// A daemon's lease as it is stored.
+#[derive(Debug, Clone, Copy)]
+pub struct LeaseLook {
+    /// The daemon's process that has it.
+    pub instance: i64,
+    pub epoch: i64,
+}
+
 /// A chat's log as it is stored.
 #[derive(Debug, Clone)]
 pub struct LogLook {
@@ -163,6 +171,27 @@ impl Observer {
         );
         let asked = query.bind(daemon.to_owned()).fetch_optional(&self.pool);
         Ok(tokio::time::timeout(LOOK_PATIENCE, asked).await.context("Postgres did not answer")??)
+    }
+
+    pub async fn lease(&self, daemon: &str) -> Result<Option<LeaseLook>> {
+        let query = sqlx::query("SELECT instance, epoch FROM daemon_leases WHERE daemon_id = $1::uuid");
+        let row = query.bind(daemon.to_owned()).fetch_optional(&self.pool).await?;
+        row.map(|row| Ok(LeaseLook { instance: row.try_get("instance")?, epoch: row.try_get("epoch")? })).transpose()
+    }
+
+    /// So much time goes by in what is stored of chats, turns, calls and leases: the only thing here that is written.
+    pub async fn age(&self, by: Duration) -> Result<()> {
+        for statement in [
+            "UPDATE daemon_leases SET granted_at = granted_at - $1, expires_at = expires_at - $1",
+            "UPDATE tool_calls SET created_at = created_at - $1, dispatched_at = dispatched_at - $1, started_at = started_at - $1,
+                    not_before = not_before - $1 WHERE ended_at IS NULL",
+            "UPDATE turns SET created_at = created_at - $1, started_at = started_at - $1, deadline_at = deadline_at - $1
+             WHERE ended_at IS NULL",
+            "UPDATE chats SET wanted_at = wanted_at - $1, relayed_at = relayed_at - $1, looked_at = looked_at - $1",
+        ] {
+            sqlx::query(statement).bind(by).execute(&self.pool).await?;
+        }
+        Ok(())
     }
 
     /// Takes the chat's row, as a writer would, so that the next one waits.

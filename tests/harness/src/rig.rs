@@ -266,7 +266,7 @@ impl Person {
 }
 
 /// The `reliant` binary built by the same cargo call as this test.
-pub(crate) fn binary() -> Result<PathBuf> {
+pub fn binary() -> Result<PathBuf> {
     let test = std::env::current_exe()?;
     let beside = test.ancestors().skip(1).map(|dir| dir.join("reliant")).find(|path| path.is_file());
     beside.with_context(|| format!("no `reliant` binary near {}; build the workspace first", test.display()))

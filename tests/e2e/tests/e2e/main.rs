@@ -4,7 +4,9 @@
 #![allow(clippy::unwrap_used, reason = "a test may")]
 
 mod bad_input;
+mod daemons;
 mod foreign;
+mod hostile;
 mod limits;
 mod mcp;
 mod model_retries;
