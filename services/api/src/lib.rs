@@ -156,6 +156,7 @@ impl Role for Api {
         drain.spawn(TaskKind::Upkeep("revocations"), authenticator.clone().watch_revocations());
         drain.spawn(TaskKind::Upkeep("revocation messages"), upkeep::hear_revocations(authenticator.clone(), control));
         drain.spawn(TaskKind::Upkeep("instance"), upkeep::beat(deps.store.clone(), deps.instance, addr, drain.clone()));
+        drain.spawn(TaskKind::Poller("places"), upkeep::places(deps.store.clone()));
         drain.spawn(TaskKind::Poller("feeds"), feed::poll::run(hub.clone()));
 
         let turn_deadline = config.limits.turn_deadline;

@@ -9,6 +9,7 @@ use reliant_store::{Heartbeat, Store};
 use reliant_telemetry::{chain, metrics};
 use reliant_types::{InstanceId, TokenId, pb::control::Kind};
 
+const PLACES_INTERVAL: Duration = Duration::from_secs(1);
 const BEAT_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Says that this replica lives.
@@ -26,6 +27,18 @@ pub async fn beat(store: Store, id: InstanceId, addr: SocketAddr, drain: Drain) 
         };
         if let Err(error) = store.heartbeat_instance(&beat).await {
             tracing::debug!(error = %chain(&error), "the heartbeat was not stored");
+        }
+    }
+}
+
+/// Keeps known how many turns of one user may be woken at once.
+pub async fn places(store: Store) {
+    let mut ticks = tokio::time::interval(PLACES_INTERVAL);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        if let Err(error) = store.refresh_places().await {
+            tracing::debug!(%error, "places were not counted; what was known last stands");
         }
     }
 }

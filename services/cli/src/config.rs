@@ -8,7 +8,7 @@ use reliant_gateway::GatewayConfig;
 use reliant_middleware::AuthConfig;
 use reliant_models::ModelsConfig;
 use reliant_runtime::config::{self, ConfigError, Sources};
-use reliant_store::StoreConfig;
+use reliant_store::{StoreConfig, TurnsConfig};
 use reliant_telemetry::TelemetryConfig;
 use reliant_worker::WorkerConfig;
 use serde::{Deserialize, Serialize};
@@ -22,6 +22,7 @@ pub struct Config {
     pub store: StoreConfig,
     pub bus: BusConfig,
     pub flows: FlowsConfig,
+    pub turns: TurnsConfig,
     pub auth: AuthConfig,
     pub models: ModelsConfig,
     pub sim: SimConfig,

@@ -95,7 +95,7 @@ pub async fn connect_store(config: &Config) -> Result<Store> {
     let deadline = tokio::time::Instant::now() + STORE_PATIENCE;
     loop {
         let error = match Store::connect(&config.store).await {
-            Ok(store) => return Ok(store),
+            Ok(store) => return Ok(store.sharing(config.turns.clone())),
             Err(error) => error,
         };
         if !error.is_retryable() {

@@ -4,7 +4,7 @@ use std::{
     collections::HashMap,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -16,7 +16,7 @@ use reliant_models::Models;
 use reliant_store::{Committed, Store, StoreError, Wake};
 use reliant_telemetry::{TraceContext, chain, hop, metrics};
 use reliant_types::{ChatId, Code, InstanceId, TurnId, pb};
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use crate::{live::Live, publish::Publisher, rounds::Rounds, tools::Schemas};
@@ -54,6 +54,36 @@ pub struct Engine {
     pub inline_wait: Duration,
     pub draining: CancellationToken,
     pub errands: Arc<Semaphore>,
+    pub freed: Freed,
+}
+
+/// Says that places may have become free, where anybody waits for one.
+#[derive(Default)]
+pub struct Freed {
+    waited_for: AtomicBool,
+    notify: Notify,
+}
+
+impl Freed {
+    /// Whether anybody waits, as of the last look.
+    pub fn set_waited_for(&self, waits: bool) {
+        self.waited_for.store(waits, Ordering::Relaxed);
+    }
+
+    pub fn is_waited_for(&self) -> bool {
+        self.waited_for.load(Ordering::Relaxed)
+    }
+
+    /// Calls for a look.
+    pub fn some(&self) {
+        if self.is_waited_for() {
+            self.notify.notify_one();
+        }
+    }
+
+    pub async fn wait(&self) {
+        self.notify.notified().await;
+    }
 }
 
 impl Engine {
@@ -94,6 +124,9 @@ impl Engine {
     pub fn tell_with<T>(self: &Arc<Self>, committed: Committed<T>, wake: bool) {
         let Committed { value: _, user, events, feed, wake: wanted } = committed;
         events.iter().for_each(measure);
+        if events.iter().any(frees_a_place) {
+            self.freed.some();
+        }
         self.publisher.events(user, events);
         self.publisher.feed(user, feed);
         let Some(wanted) = wanted.filter(|_| wake) else { return };
@@ -157,6 +190,15 @@ impl Drop for CancelGuard<'_> {
         if tokens.get(&self.turn).is_some_and(|(number, _)| *number == self.number) {
             tokens.remove(&self.turn);
         }
+    }
+}
+
+/// A model's message is committed, or a turn has ended.
+fn frees_a_place(event: &pb::ChatEvent) -> bool {
+    match &event.kind {
+        Some(pb::chat_event::Kind::MessageCommitted(message)) => message.role() == pb::Role::Assistant,
+        Some(pb::chat_event::Kind::TurnChanged(turn)) => turn.ended_at.is_some(),
+        _ => false,
     }
 }
 

@@ -136,6 +136,7 @@ pub async fn build(config: WorkerConfig, deps: WorkerDeps) -> Result<Worker, Wor
         inline_wait: config.inline_wait,
         draining: draining.clone(),
         errands: Engine::errands(),
+        freed: Default::default(),
     });
     Ok(Worker { engine, admin, hints, draining })
 }

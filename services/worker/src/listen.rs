@@ -13,7 +13,8 @@ use tracing::Instrument as _;
 
 use crate::engine::Engine;
 
-const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(5);
+/// Places are given by workers that were heard of lately, so a dead one must be missed soon.
+const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(2);
 
 pub async fn prefixes(engine: Arc<Engine>) -> Result<(), BusError> {
     let mut requests = engine.bus.subscribe(&PrefixSubject { producer: engine.instance.0 }).await?;
@@ -67,7 +68,10 @@ pub async fn heartbeat(engine: Arc<Engine>, address: SocketAddr, drain: Drain) {
             role: "worker",
             version: reliant_runtime::VERSION.to_owned(),
             address: address.to_string(),
-            load: serde_json::json!({ "live_messages": engine.live.len() }),
+            load: serde_json::json!({
+                "live_messages": engine.live.len(),
+                "model_slots": engine.flows.config().worker.activity_slots,
+            }),
             draining: drain.is_draining(),
         };
         let told = engine.store.heartbeat_instance(&beat).await;

@@ -4,6 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use futures::StreamExt;
 use reliant_telemetry::{chain, metrics};
+use tokio::time::Instant;
 
 use crate::{dispatch, engine::Engine};
 
@@ -13,6 +14,10 @@ const UNSEEN_AGE: Duration = Duration::from_secs(2);
 /// A chat whose model is to be asked again wakes by its own timer where that is soon; for the rest this looks.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 const RETRY_LATE: Duration = Duration::from_millis(500);
+/// Held chats are looked for this often, if no place becomes free here before.
+const HELD_INTERVAL: Duration = Duration::from_secs(1);
+/// Places that become free one after another are given out together.
+const HELD_GATHER: Duration = Duration::from_millis(10);
 const STALE_INTERVAL: Duration = Duration::from_secs(30);
 const CANCEL_INTERVAL: Duration = Duration::from_secs(2);
 const LEASE_INTERVAL: Duration = Duration::from_secs(3);
@@ -22,7 +27,7 @@ const BATCH: i64 = 200;
 const PARALLEL: usize = 16;
 
 pub async fn run(engine: Arc<Engine>) {
-    tokio::join!(unseen(&engine), retries(&engine), stale(&engine), cancels(&engine), leases(&engine));
+    tokio::join!(unseen(&engine), retries(&engine), held(&engine), stale(&engine), cancels(&engine), leases(&engine));
 }
 
 async fn unseen(engine: &Arc<Engine>) {
@@ -42,7 +47,37 @@ async fn retries(engine: &Arc<Engine>) {
         tick.tick().await;
         match engine.store.due_retries(RETRY_LATE, BATCH).await {
             Ok(wakes) => wake_all(engine, wakes, "retry").await,
-            Err(error) => tracing::debug!(%error, "the relay could not look for models that are to be asked again"),
+            Err(error) => tracing::debug!(error = %chain(&error), "the relay could not look for models that are to be asked again"),
+        }
+    }
+}
+
+/// Gives places to held chats, and wakes them. A commit here that frees a place calls for it at once; what other processes
+/// free is found by the next look.
+async fn held(engine: &Arc<Engine>) {
+    let mut after = None;
+    let mut looked: Option<Instant> = None;
+    loop {
+        let due = looked.map_or_else(Instant::now, |at| at + HELD_INTERVAL);
+        tokio::select! {
+            () = tokio::time::sleep_until(due) => {
+                looked = Some(Instant::now());
+                match engine.store.refresh_places().await {
+                    Ok(held) => engine.freed.set_waited_for(held > 0),
+                    Err(error) => tracing::debug!(error = %chain(&error), "the relay could not count places"),
+                }
+                if !engine.freed.is_waited_for() {
+                    continue;
+                }
+            }
+            () = engine.freed.wait() => tokio::time::sleep(HELD_GATHER).await,
+        }
+        match engine.store.place_held(after, BATCH).await {
+            Ok(placed) => {
+                after = placed.after;
+                wake_all(engine, placed.wakes, "held").await;
+            }
+            Err(error) => tracing::debug!(error = %chain(&error), "the relay could not give places"),
         }
     }
 }

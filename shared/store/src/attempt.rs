@@ -49,6 +49,7 @@ impl Store {
             r#"WITH old AS (SELECT status, live_message_id, attempt_trace, retry_at FROM turns WHERE id = $1)
                UPDATE turns t SET fence = fence + 1, producer = $3, live_message_id = COALESCE(t.live_message_id, $4),
                       status = 'running', started_at = COALESCE(t.started_at, $5), attempt_trace = $6,
+                      placed_at = COALESCE(t.placed_at, $5), held_at = NULL,
                       deadline_at = COALESCE(deadline_at, $5 + deadline_left_ms * interval '1 millisecond'),
                       retry_at = NULL
                FROM old, chats c LEFT JOIN daemons d ON d.id = c.daemon_id AND d.revoked_at IS NULL
@@ -66,7 +67,7 @@ impl Store {
                          t.producer, t.traceparent, t.model, t.mode, t.deadline_at AS "deadline!", t.cancel_requested,
                          t.error_code, t.error_message, t.usage, t.created_at, t.started_at, t.ended_at,
                          d.id AS "daemon?", d.incarnation, d.hostname AS "hostname?", d.os AS "os?",
-                         d.declarations AS "declarations?", old.attempt_trace AS "before!", c.looked_at,
+                         d.declarations AS "declarations?", old.attempt_trace AS "before!", c.looked_at, t.held_ms,
                          (SELECT p.ended_at FROM turns p WHERE p.chat_id = t.chat_id AND p.ordinal = t.ordinal - 1) AS freed_at,
                          l.created_at AS "called_at?", l.decided_at, l.dispatched_at, l.started_at AS ran_at,
                          l.ended_at AS settled_at"#,
@@ -93,6 +94,7 @@ impl Store {
             dispatched: row.dispatched_at,
             ran: row.ran_at,
             settled: row.settled_at,
+            held: Duration::from_millis(u64::try_from(row.held_ms).unwrap_or_default()),
             claimed: now,
         });
         let current = TurnRow {
@@ -117,6 +119,7 @@ impl Store {
             ended_at: row.ended_at,
             retry_at: row.retry_at,
             retry_message: row.retry_message,
+            held_at: None,
         };
         let (chat, ordinal) = (current.chat_id, current.ordinal);
         let live = current.live_message_id.ok_or(StoreError::Corrupt("an attempt without its message"))?;
@@ -125,6 +128,7 @@ impl Store {
         }
         let started = current.started().map(|started| pb::MessageStarted { restarted: row.restarted, ..started });
         tx.event(Kind::MessageStarted(started.ok_or(StoreError::Corrupt("an attempt without its producer"))?));
+        tx.release_hold();
         let declared = declarations(&row.declarations.unwrap_or_default());
         let root = Some(tx.chat.root_id.clone()).filter(|root| !root.is_empty());
         let root_id = root.or_else(|| declared.roots.first().map(|root| root.id.clone())).unwrap_or_default();
@@ -175,6 +179,7 @@ impl Store {
         let (now, ends, usage) = (tx.now, new.calls.is_empty(), &new.usage);
         let row = turns!(
             RETURNING "UPDATE turns t SET iteration = iteration + 1, live_message_id = NULL, producer = NULL,
+                       placed_at = NULL, held_ms = 0,
                        status = CASE WHEN $5 THEN 'succeeded' ELSE status END,
                        ended_at = CASE WHEN $5 THEN $6::timestamptz END,
                        deadline_at = CASE WHEN $5 THEN NULL ELSE deadline_at END,
@@ -287,7 +292,7 @@ impl Store {
             let mut tx = ChatTx::open(self, Key::Turn(turn)).await?.ok_or(StoreError::not_found("turn"))?;
             let again = tx.now + delay;
             let row = turns!(
-                RETURNING "UPDATE turns t SET producer = NULL, retries = retries + 1, retry_at = $3, retry_code = $4,
+                RETURNING "UPDATE turns t SET producer = NULL, placed_at = NULL, retries = retries + 1, retry_at = $3, retry_code = $4,
                                   retry_message = $5
                            WHERE t.id = $1 AND t.fence = $2 AND t.ended_at IS NULL",
                 turn.0,
@@ -498,8 +503,6 @@ fn asked(call: &CallRow, id: Uuid, now: DateTime<Utc>) -> pb::Approval {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     fn call(index: i32) -> NewCall {

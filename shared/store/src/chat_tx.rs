@@ -82,7 +82,17 @@ pub(crate) struct ChatTx {
     feed: Vec<FeedKind>,
     messages: Pending,
     wake: Option<String>,
+    hold: Hold,
     touched: bool,
+}
+
+/// What a transaction says of the chat's wait for a place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Hold {
+    Unchanged,
+    /// As of a turn that was accepted then. It is something to do that nobody is woken for.
+    Held(DateTime<Utc>),
+    Released,
 }
 
 impl ChatTx {
@@ -129,6 +139,7 @@ impl ChatTx {
             feed: Vec::new(),
             messages: Pending::default(),
             wake: None,
+            hold: Hold::Unchanged,
             touched: false,
         }
     }
@@ -148,6 +159,16 @@ impl ChatTx {
     /// The chat's workflow has something to do.
     pub fn want(&mut self, traceparent: &str) {
         self.wake = Some(traceparent.to_owned());
+    }
+
+    /// The chat's oldest open turn, accepted then, has something to do and no place to do it.
+    pub fn hold(&mut self, accepted: DateTime<Utc>) {
+        self.hold = Hold::Held(accepted);
+    }
+
+    /// The chat does not wait for a place, or no longer.
+    pub fn release_hold(&mut self) {
+        self.hold = Hold::Released;
     }
 
     /// The chat moves to the top of its owner's list.
@@ -240,7 +261,11 @@ impl ChatTx {
             .map(|kind| pb::FeedEvent { seq: 0, time: Some(timestamp(self.now)), kind: Some(kind) })
             .collect();
         let rows = self.messages;
-        let wanted = i64::from(self.wake.is_some());
+        let held_for = match self.hold {
+            Hold::Held(accepted) => Some(accepted),
+            Hold::Unchanged | Hold::Released => None,
+        };
+        let wanted = i64::from(self.wake.is_some() || held_for.is_some());
         if !events.is_empty() || !feed.is_empty() || wanted > 0 || self.touched {
             let kinds: Vec<String> = events.iter().map(|event| event_kind(event).to_owned()).collect();
             let payloads: Vec<Vec<u8>> = events.iter().map(|event| event.encode_to_vec()).collect();
@@ -251,7 +276,8 @@ impl ChatTx {
                 WITH c AS (
                     UPDATE chats SET last_seq = last_seq + $2, last_ordinal = last_ordinal + $3, wanted = wanted + $4,
                            wanted_at = CASE WHEN $4 > 0 THEN now() ELSE wanted_at END,
-                           updated_at = CASE WHEN $5 THEN $6 ELSE updated_at END
+                           updated_at = CASE WHEN $5 THEN $6 ELSE updated_at END,
+                           held_for = CASE WHEN $28 THEN $29::timestamptz ELSE held_for END
                     WHERE id = $1 RETURNING user_id, last_seq
                 ), m AS (
                     INSERT INTO messages (id, chat_id, turn_id, ordinal, turn_ordinal, role, iteration, model, usage,
@@ -304,6 +330,8 @@ impl ChatTx {
                 &feed_kinds,
                 &feed_payloads,
                 &rows.bytes,
+                self.hold != Hold::Unchanged,
+                held_for,
             )
             .fetch_one(&mut *self.tx)
             .await?;

@@ -1,7 +1,7 @@
 //! What a chat needs now: a pure function over rows. It reads no clock and does no I/O, so that whoever asks, and
 //! however often, gets the same answer for the same rows.
 //!
-//! Invariants: a model is called only when no call of the turn is open; a call that awaits an approval is never sent; a
+//! Invariants: a model is called only when no call of the turn is open, and only with a place; a call that awaits an approval is never sent; a
 //! sent call ends only by what its journal says, or as unknown; the answer is always progress, or a wait with a reason.
 
 use reliant_types::{Code, ToolCallId, TurnId, limits, pb};
@@ -15,6 +15,8 @@ pub struct Snapshot {
     /// All calls of the chat that have not ended; those of other turns settle behind their turn.
     pub calls: Vec<Call>,
     pub rounds_max: i32,
+    /// The chat's owner may have one more model call at work.
+    pub place_free: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -26,6 +28,8 @@ pub struct Turn {
     pub deadline_ms: Option<i64>,
     /// Its model could not answer: not to be asked before then.
     pub not_before_ms: Option<i64>,
+    /// Its round has a place.
+    pub placed: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -96,6 +100,11 @@ pub enum Decision {
         turn: TurnId,
         iteration: i32,
     },
+    /// A model is due, and others of the same owner are at work already: whoever gives it a place wakes the chat.
+    Hold {
+        turn: TurnId,
+        iteration: i32,
+    },
     Dispatch {
         turn: TurnId,
         calls: Vec<ToolCallId>,
@@ -118,7 +127,9 @@ impl Decision {
             Decision::Wait { reason: WaitReason::Approval, .. } => Some(pb::TurnStatus::WaitingApproval),
             Decision::Wait { reason: WaitReason::Daemon, .. } => Some(pb::TurnStatus::WaitingDaemon),
             // A model call is begun by its claim, which starts the clock too.
+            // What is held looks as it did.
             Decision::CallModel { .. }
+            | Decision::Hold { .. }
             | Decision::Wait { reason: WaitReason::Model, .. }
             | Decision::Settle(_)
             | Decision::Fail { .. }
@@ -151,7 +162,12 @@ pub fn decide(rows: &Snapshot) -> Decision {
             let until = turn.deadline_ms.map_or(at, |deadline| at.min(deadline));
             return Decision::Wait { turn: turn.id, until_ms: Some(until), reason: WaitReason::Model };
         }
-        return Decision::CallModel { turn: turn.id, iteration: turn.iteration };
+        let (id, iteration) = (turn.id, turn.iteration);
+        return if turn.placed || rows.place_free {
+            Decision::CallModel { turn: id, iteration }
+        } else {
+            Decision::Hold { turn: id, iteration }
+        };
     }
     let ready: Vec<_> =
         open.iter().filter(|call| send_at(call).is_some_and(|at| rows.now_ms >= at)).map(|call| call.id).collect();

@@ -44,10 +44,11 @@ prop_compose! {
         now_ms in 0..3 * HOUR, calls in prop::collection::vec(call(), 0..6), iteration in 0i32..110,
         has_turn in prop::bool::weighted(0.9), deadline_ms in prop::option::of(0..6 * HOUR),
         not_before_ms in prop::option::of(0..6 * HOUR), rounds_max in 1i32..120,
+        placed: bool, place_free: bool,
     ) -> Snapshot {
         let calls = (100u128..).zip(calls).map(|(number, call)| Call { id: ToolCallId(id(number)), ..call }).collect();
-        let turn = has_turn.then(|| Turn { id: TurnId(id(1)), iteration, deadline_ms, not_before_ms });
-        Snapshot { now_ms, turn, calls, rounds_max }
+        let turn = has_turn.then(|| Turn { id: TurnId(id(1)), iteration, deadline_ms, not_before_ms, placed });
+        Snapshot { now_ms, turn, calls, rounds_max, place_free }
     }
 }
 
@@ -82,6 +83,15 @@ proptest! {
                 prop_assert!(*iteration < rows.rounds_max);
                 prop_assert!(row.deadline_ms.is_none_or(|at| rows.now_ms < at));
                 prop_assert!(row.not_before_ms.is_none_or(|at| rows.now_ms >= at), "its model is asked later");
+                prop_assert!(row.placed || rows.place_free, "a model is called only with a place");
+            }
+            Decision::Hold { turn, iteration } => {
+                let row = rows.turn.as_ref().unwrap();
+                prop_assert_eq!((*turn, *iteration), (row.id, row.iteration));
+                prop_assert!(!row.placed && !rows.place_free, "who has or may have a place is not held");
+                // Nothing but the place stands in its way.
+                let placed = Snapshot { place_free: true, ..rows.clone() };
+                prop_assert_eq!(decide(&placed), Decision::CallModel { turn: *turn, iteration: *iteration });
             }
             Decision::Dispatch { turn, calls } => {
                 prop_assert!(!calls.is_empty());
@@ -148,6 +158,21 @@ proptest! {
     }
 
     #[test]
+    fn places_hold_back_model_calls_and_nothing_else(mut rows in rows()) {
+        rows.place_free = true;
+        let free = decide(&rows);
+        rows.place_free = false;
+        let placed = rows.turn.as_ref().is_some_and(|turn| turn.placed);
+        match (decide(&rows), free) {
+            (Decision::Hold { turn, iteration }, Decision::CallModel { turn: of, iteration: after }) => {
+                prop_assert!(!placed);
+                prop_assert_eq!((turn, iteration), (of, after));
+            }
+            (full, free) => prop_assert_eq!(full, free),
+        }
+    }
+
+    #[test]
     fn settling_comes_to_an_end(mut rows in rows()) {
         for _ in 0..=rows.calls.len() {
             match decide(&rows) {
@@ -170,8 +195,8 @@ proptest! {
 }
 
 fn one(call: Call) -> Snapshot {
-    let turn = Some(Turn { id: call.turn, iteration: 1, deadline_ms: Some(HOUR), not_before_ms: None });
-    Snapshot { now_ms: 1_000, turn, calls: vec![call], rounds_max: 100 }
+    let turn = Some(Turn { id: call.turn, iteration: 1, deadline_ms: Some(HOUR), not_before_ms: None, placed: false });
+    Snapshot { now_ms: 1_000, turn, calls: vec![call], rounds_max: 100, place_free: true }
 }
 
 fn sent(status: Status, daemon: Daemon) -> Call {

@@ -11,6 +11,7 @@ use crate::{
     Committed, Result, Step, Store, StoreError,
     chat_tx::{ChatTx, Key},
     decide::{Call, Daemon, Decision, Settlement, Snapshot, Turn, decide},
+    places::Places,
     rows::{call_status, calls, turn_status, turn_status_text, turns},
     settle::{self, Ending, TurnEnding},
 };
@@ -26,6 +27,8 @@ struct Rows {
     model_said: Option<Failure>,
     wanted: i64,
     seen: i64,
+    /// The chat waits for a place.
+    held: bool,
 }
 
 impl Rows {
@@ -41,21 +44,13 @@ impl Store {
     /// What the chat's oldest unfinished turn needs now. `wanted` as it was read becomes `seen`.
     pub async fn next_step(&self, chat: ChatId) -> Result<Committed<Step>> {
         self.run("next_step", async || {
-            let rows = read(&self.pool, chat).await?;
+            let rows = read(&self.pool, &self.places, chat).await?;
             let decision = decide(&rows.snapshot);
             let writes = matches!(decision, Decision::Settle(_) | Decision::Fail { .. });
             if writes || rows.new_status(&decision).is_some() {
                 return self.next_step_writing(chat).await;
             }
-            if rows.seen < rows.wanted {
-                sqlx::query!(
-                    "UPDATE chats SET seen = GREATEST(seen, $2), looked_at = clock_timestamp() WHERE id = $1 AND seen < $2",
-                    chat.0,
-                    rows.wanted
-                )
-                .execute(&self.pool)
-                .await?;
-            }
+            looked(&self.pool, chat, &rows, &decision, rows.wanted).await?;
             Ok(Committed::nothing(rows.user, step(decision, rows.snapshot.now_ms)))
         })
         .await
@@ -65,7 +60,7 @@ impl Store {
         let mut tx = ChatTx::open(self, Key::Chat(chat)).await?.ok_or(StoreError::not_found("chat"))?;
         let mut wanted = None;
         for _ in 0..TRANSITIONS_MAX {
-            let rows = read(tx.conn(), chat).await?;
+            let rows = read(tx.conn(), &self.places, chat).await?;
             // What these transitions themselves ask for is answered by going on here.
             let wanted = *wanted.get_or_insert(rows.wanted);
             let decision = decide(&rows.snapshot);
@@ -92,13 +87,7 @@ impl Store {
                     if let Some((turn, status)) = rows.new_status(&decision) {
                         set_status(&mut tx, turn, status).await?;
                     }
-                    sqlx::query!(
-                        "UPDATE chats SET seen = GREATEST(seen, $2), looked_at = clock_timestamp() WHERE id = $1",
-                        chat.0,
-                        wanted
-                    )
-                    .execute(tx.conn())
-                    .await?;
+                    looked(tx.conn(), chat, &rows, &decision, wanted).await?;
                     return tx.commit(step(decision, rows.snapshot.now_ms)).await;
                 }
             }
@@ -107,8 +96,72 @@ impl Store {
     }
 }
 
+/// Writes down that the chat was looked at, and takes the place that the decision needs, or stands in line for one. All
+/// of it under the chat's lock, and only if the round that was decided on is still the one that is due.
+async fn looked(db: impl PgExecutor<'_>, chat: ChatId, rows: &Rows, decision: &Decision, wanted: i64) -> Result<()> {
+    let due = rows.snapshot.turn.as_ref();
+    match decision {
+        Decision::CallModel { turn, iteration } if due.is_some_and(|due| !due.placed) => {
+            sqlx::query!(
+                "WITH c AS MATERIALIZED (
+                     SELECT id FROM chats WHERE id = $1 FOR NO KEY UPDATE
+                 ), placed AS (
+                     UPDATE turns t SET placed_at = clock_timestamp(), held_at = NULL, held_ms = t.held_ms
+                            + COALESCE(extract(epoch FROM clock_timestamp() - t.held_at) * 1000, 0)::bigint
+                     FROM c WHERE t.id = $3 AND t.chat_id = c.id AND t.iteration = $4 AND t.placed_at IS NULL
+                       AND t.ended_at IS NULL
+                 )
+                 UPDATE chats SET seen = GREATEST(seen, $2), looked_at = clock_timestamp(), held_for = NULL
+                 FROM c WHERE chats.id = c.id",
+                chat.0,
+                wanted,
+                turn.0,
+                iteration,
+            )
+            .execute(db)
+            .await?;
+        }
+        Decision::Hold { .. } if rows.held && rows.seen >= wanted => {}
+        Decision::Hold { turn, iteration } => {
+            sqlx::query!(
+                "WITH c AS MATERIALIZED (
+                     SELECT id FROM chats WHERE id = $1 FOR NO KEY UPDATE
+                 ), held AS (
+                     UPDATE turns t SET held_at = COALESCE(t.held_at, clock_timestamp())
+                     FROM c WHERE t.id = $3 AND t.chat_id = c.id AND t.iteration = $4 AND t.placed_at IS NULL
+                       AND t.ended_at IS NULL
+                     RETURNING t.created_at
+                 )
+                 UPDATE chats SET seen = GREATEST(seen, $2), held_for = held.created_at FROM held WHERE chats.id = $1",
+                chat.0,
+                wanted,
+                turn.0,
+                iteration,
+            )
+            .execute(db)
+            .await?;
+        }
+        _ if rows.held || rows.seen < wanted => {
+            sqlx::query!(
+                "UPDATE chats SET seen = GREATEST(seen, $2), looked_at = clock_timestamp(),
+                        held_for = CASE WHEN $3 THEN NULL ELSE held_for END
+                 WHERE id = $1",
+                chat.0,
+                wanted,
+                rows.held,
+            )
+            .execute(db)
+            .await?;
+        }
+        _ => {}
+    }
+    Ok(())
+}
+
 fn step(decision: Decision, now_ms: i64) -> Step {
     match decision {
+        // Whoever gives it a place wakes the chat.
+        Decision::Hold { turn, .. } => Step::Wait { turn, for_ms: None },
         Decision::CallModel { turn, iteration } => Step::CallModel { turn, iteration },
         Decision::Dispatch { turn, calls } => Step::Dispatch { turn, calls },
         Decision::Wait { turn, until_ms, .. } => {
@@ -139,11 +192,11 @@ pub fn model_never_answered(said: &Failure) -> Failure {
 }
 
 /// One statement, so that everything is of one moment.
-async fn read(db: impl PgExecutor<'_>, chat: ChatId) -> Result<Rows> {
+async fn read(db: impl PgExecutor<'_>, places: &Places, chat: ChatId) -> Result<Rows> {
     let rows = sqlx::query!(
-        r#"SELECT c.user_id, c.wanted, c.seen, (extract(epoch FROM clock_timestamp()) * 1000)::bigint AS "now_ms!",
+        r#"SELECT c.user_id, c.wanted, c.seen, c.held_for IS NOT NULL AS "held!", (extract(epoch FROM clock_timestamp()) * 1000)::bigint AS "now_ms!",
                   t.id AS "turn?", t.status AS "turn_status?", t.iteration AS "iteration?",
-                  (extract(epoch FROM t.deadline_at) * 1000)::bigint AS deadline_ms,
+                  (extract(epoch FROM t.deadline_at) * 1000)::bigint AS deadline_ms, t.placed AS "placed?", t.free,
                   (extract(epoch FROM t.retry_at) * 1000)::bigint AS retry_ms,
                   t.retry_code AS "retry_code?", t.retry_message AS "retry_message?",
                   k.id AS "call?", k.turn_id AS "call_turn?", k.status AS "call_status?", k.sent AS "sent?",
@@ -153,7 +206,12 @@ async fn read(db: impl PgExecutor<'_>, chat: ChatId) -> Result<Rows> {
                   d.id AS "daemon?", l.expires_at > clock_timestamp() AS here, d.incarnation = k.incarnation AS same_journal
            FROM chats c
            LEFT JOIN LATERAL (
-               SELECT o.id, o.status, o.iteration, o.deadline_at, o.retry_at, o.retry_code, o.retry_message FROM turns o
+               SELECT o.id, o.status, o.iteration, o.deadline_at, o.retry_at, o.retry_code, o.retry_message,
+                      o.placed_at IS NOT NULL AS placed,
+                      CASE WHEN o.placed_at IS NULL
+                                AND NOT EXISTS (SELECT FROM tool_calls q WHERE q.turn_id = o.id AND q.ended_at IS NULL)
+                           THEN place_is_free(c.user_id, $2, $3, $4) END AS free
+               FROM turns o
                WHERE o.chat_id = c.id AND o.ended_at IS NULL ORDER BY o.ordinal LIMIT 1
            ) t ON true
            LEFT JOIN tool_calls k ON k.chat_id = c.id AND k.ended_at IS NULL
@@ -161,6 +219,9 @@ async fn read(db: impl PgExecutor<'_>, chat: ChatId) -> Result<Rows> {
            LEFT JOIN daemon_leases l ON l.daemon_id = d.id
            WHERE c.id = $1 ORDER BY k.turn_id, k.index"#,
         chat.0,
+        places.room(),
+        places.share(),
+        places.most(),
     )
     .fetch_all(db)
     .await?;
@@ -170,6 +231,7 @@ async fn read(db: impl PgExecutor<'_>, chat: ChatId) -> Result<Rows> {
         iteration: first.iteration.unwrap_or_default(),
         deadline_ms: first.deadline_ms,
         not_before_ms: first.retry_ms,
+        placed: first.placed.unwrap_or_default(),
     });
     let said = |text: &Option<String>| text.clone().filter(|text| !text.is_empty());
     let model_said = said(&first.retry_code).zip(said(&first.retry_message));
@@ -196,11 +258,18 @@ async fn read(db: impl PgExecutor<'_>, chat: ChatId) -> Result<Rows> {
     });
     Ok(Rows {
         user: UserId(first.user_id),
-        snapshot: Snapshot { now_ms: first.now_ms, turn, calls: calls.collect(), rounds_max: limits::TURN_ROUNDS_MAX },
+        snapshot: Snapshot {
+            now_ms: first.now_ms,
+            turn,
+            calls: calls.collect(),
+            rounds_max: limits::TURN_ROUNDS_MAX,
+            place_free: first.free.unwrap_or_default(),
+        },
         status: first.turn_status.as_deref().map(turn_status),
         model_said: model_said.map(|(code, text)| Failure::new(Code::parse(&code), text)),
         wanted: first.wanted,
         seen: first.seen,
+        held: first.held,
     })
 }
 

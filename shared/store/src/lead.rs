@@ -11,7 +11,9 @@ type Time = DateTime<Utc>;
 /// The parts of the time before a model round.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Lead {
-    /// Until a worker looked at the chat, or the chat's turn before ended.
+    /// For a place among the user's turns at work.
+    pub held: Duration,
+    /// Until a worker looked at the chat, or the chat's turn before ended. Without what it was held.
     pub enqueue: Duration,
     /// Until a worker began the round, where nothing else was waited for.
     pub pickup: Duration,
@@ -38,16 +40,18 @@ pub(crate) struct Stamps {
     pub dispatched: Option<Time>,
     pub ran: Option<Time>,
     pub settled: Option<Time>,
+    /// Of the time before the claim, what passed in waiting for a place.
+    pub held: Duration,
     pub claimed: Time,
 }
 
 impl Lead {
     pub(crate) fn of(stamps: &Stamps) -> Self {
-        let Stamps { accepted, looked, freed, called, decided, dispatched, ran, settled, claimed } = *stamps;
+        let Stamps { accepted, looked, freed, called, decided, dispatched, ran, settled, held, claimed } = *stamps;
         let mut walk = Walk { at: called.unwrap_or(accepted), end: claimed };
         if called.is_none() {
             let enqueue = walk.to(looked.max(freed));
-            return Self { enqueue, pickup: walk.to(Some(claimed)), ..Self::default() };
+            return Self { enqueue, pickup: walk.to(Some(claimed)), ..Self::default() }.held(held);
         }
         let approval_wait = walk.to(decided);
         let waited = walk.to(if dispatched.is_some() { dispatched } else { settled });
@@ -59,13 +63,22 @@ impl Lead {
         // Each way has one hop over each link and one synced record in the journal.
         let tool_return = (there_and_back - run) / 2;
         Self {
-            enqueue: Duration::ZERO,
             approval_wait,
             tool_route: waited + (there_and_back - run - tool_return),
             tool_run: run,
             tool_return,
             pickup: walk.to(Some(claimed)),
+            ..Self::default()
         }
+        .held(held)
+    }
+
+    /// Takes the wait for a place out of the waits that it was part of.
+    fn held(self, held: Duration) -> Self {
+        let of_enqueue = held.min(self.enqueue);
+        let of_pickup = (held - of_enqueue).min(self.pickup);
+        let (enqueue, pickup) = (self.enqueue - of_enqueue, self.pickup - of_pickup);
+        Self { held: of_enqueue + of_pickup, enqueue, pickup, ..self }
     }
 }
 
@@ -107,6 +120,7 @@ mod tests {
             dispatched: None,
             ran: None,
             settled: None,
+            held: Duration::ZERO,
             claimed: at(100),
         }
     }
@@ -121,6 +135,8 @@ mod tests {
         assert_eq!((lead.enqueue, lead.pickup), (ms(30), ms(70)));
         let queued = Lead::of(&Stamps { looked: Some(at(30)), freed: Some(at(90)), ..stamps() });
         assert_eq!((queued.enqueue, queued.pickup), (ms(90), ms(10)));
+        let held = Lead::of(&Stamps { looked: Some(at(30)), held: ms(25), ..stamps() });
+        assert_eq!((held.held, held.enqueue, held.pickup), (ms(25), ms(5), ms(70)));
     }
 
     #[test]
@@ -142,12 +158,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_parts_add_up(all in proptest::array::uniform8(proptest::option::of(-50i64..200))) {
+        fn the_parts_add_up(all in proptest::array::uniform8(proptest::option::of(-50i64..200)), held in 0u64..150) {
             let [looked, freed, called, decided, dispatched, ran, settled, _] = all.map(|ms| ms.map(at));
-            let stamps = Stamps { looked, freed, called, decided, dispatched, ran, settled, ..stamps() };
-            let Lead { enqueue, pickup, approval_wait, tool_route, tool_run, tool_return } = Lead::of(&stamps);
+            let stamps = Stamps { looked, freed, called, decided, dispatched, ran, settled, held: ms(held), ..stamps() };
+            let Lead { held, enqueue, pickup, approval_wait, tool_route, tool_run, tool_return } = Lead::of(&stamps);
             let whole = between(called.unwrap_or(stamps.accepted), stamps.claimed);
-            prop_assert_eq!(enqueue + pickup + approval_wait + tool_route + tool_run + tool_return, whole);
+            prop_assert_eq!(held + enqueue + pickup + approval_wait + tool_route + tool_run + tool_return, whole);
         }
     }
 }

@@ -19,6 +19,7 @@ mod lead;
 mod messages;
 mod model;
 mod pages;
+mod places;
 mod pool;
 mod projects;
 mod relay;
@@ -35,6 +36,7 @@ pub use drive::model_never_answered;
 pub use error::StoreError;
 pub use lead::Lead;
 pub use model::*;
+pub use places::{Placed, TurnsConfig};
 pub use pool::{Store, StoreConfig};
 
 pub type Result<T, E = StoreError> = std::result::Result<T, E>;

@@ -36,7 +36,7 @@ impl Store {
         // The counts are as of before a wait for the row: limits may be passed by a few, never by many.
         let row = sqlx::query!(
             r#"SELECT c.id, c.user_id, project_id, worktree_id, daemon_id, root_id, title, model, mode, last_seq, last_ordinal,
-                      archived_at, c.created_at, updated_at, clock_timestamp() AS "now!",
+                      archived_at, c.created_at, updated_at, clock_timestamp() AS "now!", c.held_for IS NOT NULL AS "held!",
                       (SELECT m.id FROM messages m WHERE m.chat_id = $1 AND m.client_message_id = $3) AS earlier,
                       (SELECT count(*) FROM (SELECT FROM turns t WHERE t.chat_id = $1 AND t.ended_at IS NULL LIMIT $4) q)
                           AS "chat_open!",
@@ -89,12 +89,20 @@ impl Store {
         let mut tx = ChatTx::with(tx, chat);
         let message = MessageId::new();
         let (chat, now) = (tx.chat.clone(), tx.now);
-        // The newest turn's place is read from an index, under the chat's lock.
+        // The newest turn's number is read from an index, under the chat's lock. A turn that others of its chat are before
+        // needs no place yet.
         let turn = turns!(
-            RETURNING "INSERT INTO turns AS t (id, chat_id, user_id, message_id, ordinal, status, traceparent, model, mode,
-                                               deadline_left_ms, created_at)
+            RETURNING "WITH due AS MATERIALIZED (
+                           SELECT NOT EXISTS (SELECT FROM turns o WHERE o.chat_id = $2 AND o.ended_at IS NULL) AS first
+                       ), place AS MATERIALIZED (
+                           SELECT first, CASE WHEN first THEN place_is_free($3, $10, $11, $12) END AS free FROM due
+                       )
+                       INSERT INTO turns AS t (id, chat_id, user_id, message_id, ordinal, status, traceparent, model, mode,
+                                               deadline_left_ms, created_at, placed_at, held_at)
                        SELECT $1, $2, $3, $4, COALESCE((SELECT max(o.ordinal) FROM turns o WHERE o.chat_id = $2), 0) + 1,
-                              'queued', $5, $6, $7, $8, $9",
+                              'queued', $5, $6, $7, $8, $9::timestamptz, CASE WHEN place.free THEN $9::timestamptz END,
+                              CASE WHEN NOT place.free THEN $9::timestamptz END
+                       FROM place",
             TurnId::new().0,
             chat.id,
             chat.user_id,
@@ -104,6 +112,9 @@ impl Store {
             chat.mode,
             i64::try_from(new.deadline.as_millis()).unwrap_or(i64::MAX / 1000),
             now,
+            self.places.room(),
+            self.places.share(),
+            self.places.most(),
         )
         .fetch_one(tx.conn())
         .await?;
@@ -121,7 +132,12 @@ impl Store {
         });
         tx.event(Kind::TurnChanged(turn.to_pb()));
         tx.touch();
-        tx.want(&turn.traceparent);
+        // Beyond the user's share nobody is woken: the chat is when it gets a place.
+        if turn.held_at.is_some() {
+            tx.hold(turn.created_at);
+        } else if !row.held {
+            tx.want(&turn.traceparent);
+        }
         tx.commit(Sent { message, turn: turn.to_pb(), duplicate: false, stamped }).await
     }
 

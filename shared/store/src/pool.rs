@@ -1,6 +1,6 @@
 //! The pool, and how work on it is begun, timed and tried again.
 
-use std::{future::Future, time::Duration};
+use std::{future::Future, sync::Arc, time::Duration};
 
 use reliant_telemetry::{chain, metrics};
 use serde::{Deserialize, Serialize};
@@ -10,7 +10,7 @@ use sqlx::{
 };
 use tracing::Instrument;
 
-use crate::{Result, StoreError, error::sqlstate};
+use crate::{Result, StoreError, TurnsConfig, error::sqlstate, places::Places};
 
 static MIGRATOR: sqlx::migrate::Migrator = sqlx::migrate!("../../migrations");
 
@@ -80,6 +80,7 @@ pub(crate) type Tx = Transaction<'static, Postgres>;
 #[derive(Clone, Debug)]
 pub struct Store {
     pub(crate) pool: PgPool,
+    pub(crate) places: Arc<Places>,
 }
 
 impl Store {
@@ -118,7 +119,12 @@ impl Store {
             })
             .connect_with(options)
             .await?;
-        Ok(Self { pool })
+        Ok(Self { pool, places: Arc::new(Places::new(TurnsConfig::default())) })
+    }
+
+    /// How model calls are shared out between users; every process that accepts or drives turns must say the same.
+    pub fn sharing(self, turns: TurnsConfig) -> Self {
+        Self { places: Arc::new(Places::new(turns)), ..self }
     }
 
     /// Brings the schema up to date. Any number of processes may do so at once: an advisory lock orders them.

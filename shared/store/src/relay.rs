@@ -17,18 +17,18 @@ const WAITING_AFTER_SECS: f64 = 300.0;
 const CANCEL_AGAIN_SECS: f64 = 3.0;
 
 impl Store {
-    /// Chats with `wanted > seen` for so long. Users take turns: one's thousand chats do not delay another's first.
+    /// Chats with `wanted > seen` for so long that do not wait for a place. Users take turns: one's thousand chats do not delay another's first.
     pub async fn unseen_chats(&self, older_than: Duration, limit: i64) -> Result<Vec<Wake>> {
         self.run("unseen_chats", async || {
             let rows = sqlx::query!(
                 r#"WITH ranked AS (
                        SELECT id, row_number() OVER (PARTITION BY user_id ORDER BY wanted_at) AS rank
                        FROM (SELECT id, user_id, wanted_at FROM chats
-                             WHERE wanted > seen AND wanted_at < now() - $1 * interval '1 second'
+                             WHERE wanted > seen AND held_for IS NULL AND wanted_at < now() - $1 * interval '1 second'
                              ORDER BY wanted_at LIMIT $3) oldest
                    ), picked AS (
                        SELECT c.id, r.rank FROM chats c JOIN ranked r ON r.id = c.id
-                       WHERE c.wanted > c.seen AND c.wanted_at < now() - $1 * interval '1 second'
+                       WHERE c.wanted > c.seen AND c.held_for IS NULL AND c.wanted_at < now() - $1 * interval '1 second'
                        ORDER BY r.rank, c.wanted_at LIMIT $2 FOR NO KEY UPDATE OF c SKIP LOCKED
                    )
                    UPDATE chats c SET wanted_at = now() FROM picked p WHERE c.id = p.id
@@ -58,6 +58,7 @@ impl Store {
                 r#"WITH due AS (
                        SELECT c.id, t.traceparent FROM turns t JOIN chats c ON c.id = t.chat_id
                        WHERE t.retry_at < now() - $1 * interval '1 second' AND t.ended_at IS NULL AND c.wanted = c.seen
+                         AND c.held_for IS NULL
                        ORDER BY t.retry_at LIMIT $2 FOR NO KEY UPDATE OF c SKIP LOCKED
                    )
                    UPDATE chats c SET wanted = wanted + 1, wanted_at = now() FROM due WHERE c.id = due.id
@@ -88,7 +89,7 @@ impl Store {
                        SELECT DISTINCT chat_id, false FROM tool_calls WHERE ended_at IS NULL AND cancel_asked_at IS NOT NULL
                    ), picked AS (
                        SELECT c.id FROM chats c
-                       WHERE c.id IN (SELECT chat_id FROM open)
+                       WHERE c.id IN (SELECT chat_id FROM open) AND c.held_for IS NULL
                          AND c.relayed_at < now() - interval '1 second' *
                              CASE WHEN EXISTS (SELECT FROM open o WHERE o.chat_id = c.id AND o.works) THEN $2::float8
                                   ELSE $3::float8 END

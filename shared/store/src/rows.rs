@@ -51,7 +51,7 @@ macro_rules! turns {
             crate::rows::TurnRow,
             "SELECT t.id, t.chat_id, t.message_id, t.ordinal, t.status, t.iteration, t.fence, t.live_message_id, t.producer,
                     t.traceparent, t.model, t.mode, t.cancel_requested, t.error_code, t.error_message, t.usage,
-                    t.created_at, t.started_at, t.ended_at, t.retry_at, t.retry_message FROM turns t " + $rest $(, $arg)*
+                    t.created_at, t.started_at, t.ended_at, t.retry_at, t.retry_message, t.held_at FROM turns t " + $rest $(, $arg)*
         )
     };
     (RETURNING $statement:tt $(, $arg:expr)* $(,)?) => {
@@ -59,7 +59,7 @@ macro_rules! turns {
             crate::rows::TurnRow,
             $statement + " RETURNING t.id, t.chat_id, t.message_id, t.ordinal, t.status, t.iteration, t.fence, t.live_message_id,
                     t.producer, t.traceparent, t.model, t.mode, t.cancel_requested, t.error_code,
-                    t.error_message, t.usage, t.created_at, t.started_at, t.ended_at, t.retry_at, t.retry_message" $(, $arg)*
+                    t.error_message, t.usage, t.created_at, t.started_at, t.ended_at, t.retry_at, t.retry_message, t.held_at" $(, $arg)*
         )
     };
 }
@@ -201,6 +201,8 @@ pub(crate) struct TurnRow {
     pub ended_at: Option<DateTime<Utc>>,
     pub retry_at: Option<DateTime<Utc>>,
     pub retry_message: String,
+    /// It waits for a place.
+    pub held_at: Option<DateTime<Utc>>,
 }
 
 impl TurnRow {

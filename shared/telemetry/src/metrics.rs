@@ -119,12 +119,16 @@ metrics! {
     pub static BUS_CONNECTED: IntGauge = ("reliant_bus_connected", []);
 
     // --- turns
-    /// Where a turn's time goes; the phases of a turn that succeeded add up to it. accept: read and checked by the api. enqueue: stored, and until a worker was told. pickup: until a worker took a round up. context: history read and request made. model_first_token, model_stream: the provider. approval_wait: for a person. tool_route, tool_run, tool_return: to the daemon (or waiting for it), on it, and back; of parallel calls the one that ended last. persist: storing the answer. fanout: from an api replica's receipt of the turn's end to its viewers.
+    /// Where a turn's time goes; the phases of a turn that succeeded add up to it. accept: read and checked by the api. held: for a place among the turns of all users. enqueue: stored, and until a worker was told. pickup: until a worker took a round up. context: history read and request made. model_first_token, model_stream: the provider. approval_wait: for a person. tool_route, tool_run, tool_return: to the daemon (or waiting for it), on it, and back; of parallel calls the one that ended last. persist: storing the answer. fanout: from an api replica's receipt of the turn's end to its viewers.
     pub static TURN_PHASE: HistogramVec = ("reliant_turn_phase_seconds", ["phase"], LONG_SECONDS);
     /// Whole turns, from accepted to ended, by end (succeeded, failed, cancelled).
     pub static TURN_DURATION: HistogramVec = ("reliant_turn_seconds", ["status"], LONG_SECONDS);
     /// Turns that failed, by error code.
     pub static TURN_FAILED: IntCounterVec = ("reliant_turn_failed_total", ["code"]);
+    /// Chats whose turn waits for a place, because others of the same user are at work; counted up to 10,000.
+    pub static TURNS_HELD: IntGauge = ("reliant_turns_held", []);
+    /// Places of model calls: taken, and the room there is (the workers' slots without the reserve).
+    pub static MODEL_PLACES: IntGaugeVec = ("reliant_model_places", ["state"]);
     /// Model attempts that took over from one that died or was given up.
     pub static TURN_TAKEOVERS: IntCounter = ("reliant_turn_takeovers_total", []);
     /// Activities and local activities of chat workflows, by kind and outcome.
@@ -201,7 +205,7 @@ metrics! {
     pub static QUEUE_DEPTH: IntGaugeVec = ("reliant_queue_depth", ["queue"]);
     /// Entries refused or dropped because a bounded queue was full, by queue.
     pub static QUEUE_REFUSED: IntCounterVec = ("reliant_queue_refused_total", ["queue"]);
-    /// Chats woken again by the relay, by reason (unseen, stale, retry).
+    /// Chats woken again by the relay, by reason (unseen, stale, retry; held: they got a place).
     pub static RELAY_REWAKES: IntCounterVec = ("reliant_relay_rewakes_total", ["reason"]);
     /// Wakes of chat workflows, by outcome.
     pub static WAKES: HistogramVec = ("reliant_wake_seconds", ["outcome"], SECONDS);
@@ -236,6 +240,7 @@ pub fn render() -> String {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
     Accept,
+    Held,
     Enqueue,
     Pickup,
     Context,
@@ -252,6 +257,7 @@ pub enum Phase {
 impl Phase {
     pub const ALL: &'static [Phase] = &[
         Phase::Accept,
+        Phase::Held,
         Phase::Enqueue,
         Phase::Pickup,
         Phase::Context,
@@ -268,6 +274,7 @@ impl Phase {
     pub const fn as_str(self) -> &'static str {
         match self {
             Phase::Accept => "accept",
+            Phase::Held => "held",
             Phase::Enqueue => "enqueue",
             Phase::Pickup => "pickup",
             Phase::Context => "context",

@@ -216,6 +216,7 @@ pub mod attr {
         use crate::metrics::Phase;
         match phase {
             Phase::Accept => "turn.phase.accept",
+            Phase::Held => "turn.phase.held",
             Phase::Enqueue => "turn.phase.enqueue",
             Phase::Pickup => "turn.phase.pickup",
             Phase::Context => "turn.phase.context",

@@ -16,6 +16,8 @@ pub const TITLE_MAX_CHARS: usize = 200;
 pub const CHAT_QUEUED_TURNS_MAX: i64 = 100;
 /// Turns of one user that are not at their end.
 pub const USER_OPEN_TURNS_MAX: i64 = 2000;
+/// Model calls of one user at work at one time.
+pub const USER_TURNS_AT_WORK_MAX: u32 = 500;
 /// Chats one Subscribe stream follows.
 pub const SUBSCRIBE_CHATS_MAX: usize = 500;
 /// Subscribe streams of one user on one api replica.
