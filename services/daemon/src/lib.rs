@@ -24,3 +24,4 @@ pub use error::DaemonError;
 pub use journal::reset_journal;
 pub use mcp::trust::{PendingServer, pending_trust, trust};
 pub use status::{Status, log_path, status, stop};
+pub use tunnel::backoff;

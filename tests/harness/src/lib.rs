@@ -8,6 +8,7 @@ mod observer;
 mod proxy;
 mod rig;
 mod sink;
+mod swarm;
 mod wait;
 
 pub use arena::{Arena, ArenaOptions, Claim, Collapse, Host, Node, Supervised, Visitor};
@@ -17,4 +18,5 @@ pub use observer::{CallLook, Hold, LeaseLook, LogLook, Observer, StoredMessage, 
 pub use proxy::{Network, Proxy};
 pub use rig::{DaemonOptions, Person, Rig, RigOptions, TestDaemon, binary as reliant_binary, init, tools_dir};
 pub use sink::{Sink, sink};
+pub use swarm::{Light, Refusals, Swarm};
 pub use wait::{eventually, within};

@@ -26,12 +26,27 @@ pub enum Why {
     Told(Duration),
 }
 
+impl Why {
+    /// A stream was refused with `status`, or broke with it after it had lasted so long.
+    pub fn of_status(status: &tonic::Status, lasted: Option<Duration>) -> Self {
+        if matches!(status.code(), tonic::Code::Unauthenticated | tonic::Code::PermissionDenied) {
+            return Self::Refused;
+        }
+        if let Some(delay) = reliant_rpc::failure(status).retry_after {
+            return Self::Told(delay);
+        }
+        lasted.map_or(Self::Failed, Self::Ended)
+    }
+}
+
+/// One line of dials.
 #[derive(Debug, Default)]
 pub struct Backoff {
     failures: u32,
 }
 
 impl Backoff {
+    /// How long to wait now.
     pub fn next(&mut self, why: Why) -> Duration {
         let mut rng = rand::rng();
         let mut between = |low: Duration, high: Duration| rng.random_range(low..=high.max(low));

@@ -1,7 +1,7 @@
 //! The daemon's way to the cloud: dial out, serve, dial again. One stream serves at a time; when a gateway drains, the
 //! next stream is opened before the old one is left. Results are offered over the newest.
 
-mod backoff;
+pub mod backoff;
 mod session;
 
 #[cfg(test)]
@@ -155,15 +155,10 @@ fn serve(shared: &Arc<Shared>, session: Session) -> Served {
 }
 
 fn why(error: &SessionError, lasted: Option<Duration>) -> Why {
-    if let SessionError::Status(status) = error {
-        if matches!(status.code(), tonic::Code::Unauthenticated | tonic::Code::PermissionDenied) {
-            return Why::Refused;
-        }
-        if let Some(delay) = reliant_rpc::failure(status).retry_after {
-            return Why::Told(delay);
-        }
+    match error {
+        SessionError::Status(status) => Why::of_status(status, lasted),
+        _ => lasted.map_or(Why::Failed, Why::Ended),
     }
-    lasted.map_or(Why::Failed, Why::Ended)
 }
 
 /// Dials and serves until `stop`, or until the gateway says never to come back.
