@@ -353,7 +353,7 @@ async fn a_viewer_that_does_not_read_catches_up_and_holds_up_nobody() -> Result<
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn cursors_from_the_future_or_another_log_get_a_snapshot() -> Result<()> {
+async fn cursors_from_the_future_another_log_or_long_ago_get_a_snapshot() -> Result<()> {
     let bench = Bench::start().await?;
     let ada = bench.person("ada").await?;
     let chat = ada.chat().await?;
@@ -381,6 +381,16 @@ async fn cursors_from_the_future_or_another_log_get_a_snapshot() -> Result<()> {
     assert!(matches!(&update, Update::Event(event) if event.seq == 2), "{update:?}");
     let update = first(last, epoch).await?;
     assert!(matches!(&update, Update::CaughtUp(caught_up) if caught_up.seq == last), "{update:?}");
+    // More was missed than is replayed.
+    for n in 0..=limits::RESUME_EVENTS_MAX {
+        let _ = bench.store.rename_chat(ada.user, chat, &format!("title {n}")).await?;
+    }
+    let newest = last_seq(&bench, chat).await?;
+    let update = first(last, epoch).await?;
+    assert!(matches!(&update, Update::Snapshot(snapshot) if snapshot.seq == newest), "{update:?}");
+    let update = first(newest - limits::RESUME_EVENTS_MAX / 2, epoch).await?;
+    let next = newest - limits::RESUME_EVENTS_MAX / 2 + 1;
+    assert!(matches!(&update, Update::Event(event) if event.seq == next), "{update:?}");
     Ok(())
 }
 
