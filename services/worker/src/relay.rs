@@ -47,7 +47,9 @@ async fn retries(engine: &Arc<Engine>) {
         tick.tick().await;
         match engine.store.due_retries(RETRY_LATE, BATCH).await {
             Ok(wakes) => wake_all(engine, wakes, "retry").await,
-            Err(error) => tracing::debug!(error = %chain(&error), "the relay could not look for models that are to be asked again"),
+            Err(error) => {
+                tracing::debug!(error = %chain(&error), "the relay could not look for models that are to be asked again")
+            }
         }
     }
 }
