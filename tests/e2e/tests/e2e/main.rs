@@ -15,5 +15,6 @@ mod overload;
 mod replicas;
 mod scripts;
 mod storm;
+mod streams;
 mod tools;
 mod turns;
