@@ -38,7 +38,7 @@ pub async fn places(store: Store) {
     loop {
         ticks.tick().await;
         if let Err(error) = store.refresh_places().await {
-            tracing::debug!(%error, "places were not counted; what was known last stands");
+            tracing::debug!(error = %chain(&error), "places were not counted; what was known last stands");
         }
     }
 }

@@ -80,7 +80,7 @@ fn declared(calls: &Calls, roots: &Roots) -> Declared {
 fn outlive_limits() {
     let kind = tokio::signal::unix::SignalKind::from_raw(rustix::process::Signal::XFSZ.as_raw());
     if let Err(error) = tokio::signal::unix::signal(kind) {
-        tracing::warn!(%error, "a limit on file sizes would end this daemon");
+        tracing::warn!(error = %chain(&error), "a limit on file sizes would end this daemon");
     }
 }
 

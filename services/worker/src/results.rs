@@ -53,7 +53,7 @@ async fn commit(engine: &Arc<Engine>, received: Received<ResultSubject>) {
             let failure = Failure::from(error);
             if failure.code == Code::InvalidArgument {
                 // The same result will never be a better one.
-                tracing::debug!(%failure, tool.call_id = %call, "a result that no call can have was discarded");
+                tracing::debug!(error = said, tool.call_id = %call, "a result that no call can have was discarded");
                 metrics::TOOL_RESULTS.with_label_values(&["malformed"]).inc();
                 acknowledge(engine, received, pb::AckOutcome::Discarded).await;
                 return;
