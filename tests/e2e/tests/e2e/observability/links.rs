@@ -4,9 +4,8 @@
 use std::time::Duration;
 
 use anyhow::Result;
-use reliant_harness::{DaemonOptions, RigOptions, eventually};
+use reliant_harness::{DaemonOptions, RigOptions};
 use reliant_observe::{Span, tree};
-use reliant_telemetry::names::attr;
 use reliant_types::pb;
 use serde_json::json;
 
@@ -15,7 +14,7 @@ use super::{
     faults::{RESTART, call_running, turn_of},
     named, succeeded, traced,
 };
-use crate::scripts::{MODEL, PATIENCE, one_call, script, session};
+use crate::scripts::{MODEL, PATIENCE, one_call, session};
 
 /// Each of these but the first links to the one before it, in the order of their beginning.
 #[track_caller]
@@ -53,41 +52,6 @@ async fn model_calls_that_are_made_again_link_to_those_before() -> Result<()> {
     let first = claims.iter().min_by_key(|claim| claim.start_ns).map(|claim| claim.span_id.as_str());
     let linked = rounds.iter().flat_map(|round| &round.links).any(|link| Some(link.span_id.as_str()) == first);
     assert!(linked, "{}", tree::text(&spans));
-    Ok(())
-}
-
-/// The daemon stands still, so that the worker cannot know whether the call arrived, and sends it again: it runs once, and
-/// what the daemon takes up second links to the first.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_call_that_is_sent_again_links_to_its_first_dispatch() -> Result<()> {
-    let (rig, sink) = traced(RigOptions::default()).await?;
-    let ada = rig.person("ada").await?;
-    let daemon = rig.daemon(&ada, "laptop", DaemonOptions::default()).await?;
-    let mut chat = session(&ada, MODEL, pb::ChatMode::Auto).await?;
-    let calls = json!([{ "name": "shell", "args": { "command": "echo once >> runs; sleep 4" } }]);
-    let turn = turn_of(&chat.send(&script(json!([{ "tools": calls, "ttft_ms": 1000 }, { "text": "done" }]))).await?);
-    daemon.process.pause();
-    let request = pb::GetTurnRequest { turn_id: turn.to_string(), ..Default::default() };
-    let trace = ada.client.get_turn(request).await?.turn.unwrap_or_default().trace_id;
-    let sent = eventually("a second dispatch", PATIENCE, || async {
-        Ok((named(&sink.store().spans(&trace), "tool.dispatch").len() >= 2).then_some(()))
-    });
-    let sent = sent.await;
-    daemon.process.resume();
-    sent?;
-    let ended = chat.wait_turn(turn, PATIENCE).await?;
-    assert_eq!(ended.status(), pb::TurnStatus::Succeeded, "{ended:?}");
-    let spans = checked(sink, "sent again", &ended).await?;
-    assert_eq!(named(&spans, "execute_tool").len(), 1, "{}", tree::text(&spans));
-    assert_eq!(std::fs::read_to_string(daemon.root.join("runs"))?, "once\n");
-    let is_dispatch = |span: &&Span| span.name == "tunnel.receive" && span.text(attr::FRAME) == "dispatch";
-    let mut taken: Vec<_> = spans.iter().filter(is_dispatch).collect();
-    taken.sort_by_key(|span| span.start_ns);
-    assert!(taken.len() >= 2, "{}", tree::text(&spans));
-    for again in &taken[1..] {
-        let linked = again.links.iter().any(|link| link.span_id == taken[0].span_id);
-        assert!(linked, "a dispatch that came again does not link to the first\n{}", tree::text(&spans));
-    }
     Ok(())
 }
 
