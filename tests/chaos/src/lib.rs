@@ -60,7 +60,7 @@ impl Campaign {
             takeovers: 100,
             limit: Duration::from_secs(25 * 60),
             least: 300,
-            cast: Cast { apis: 2, workers: 3, gateways: 2, stages: 3, neighbours: 3, chats: 4 },
+            cast: Cast { apis: 2, workers: 3, gateways: 2, stages: 5, neighbours: 3, chats: 4 },
             only: None,
             keep: false,
         }
