@@ -7,7 +7,7 @@ use reliant_bus::{Bus, FeedSubject, UpdateSubject};
 use reliant_flows::Flows;
 use reliant_runtime::{Drain, TaskKind};
 use reliant_store::{Committed, Wake};
-use reliant_telemetry::{TraceContext, chain, hop, metrics};
+use reliant_telemetry::{TraceContext, chain, hop, metrics, sampled};
 use reliant_types::{ChatId, UserId, pb};
 use tokio::sync::Semaphore;
 use tracing::Instrument as _;
@@ -25,7 +25,7 @@ pub struct Effects {
 
 impl Effects {
     pub fn new(bus: Bus, flows: Flows, drain: Drain, max_tasks: usize) -> Self {
-        Self { bus, flows, drain, places: Arc::new(Semaphore::new(max_tasks)) }
+        Self { bus, flows, drain, places: sampled::places("effects", max_tasks) }
     }
 
     pub fn bus(&self) -> &Bus {

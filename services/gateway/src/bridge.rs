@@ -6,7 +6,7 @@ use parking_lot::Mutex;
 use prost::Message;
 use reliant_bus::{Bus, ResultSubject, UpdateSubject};
 use reliant_runtime::{Backoff, Drain, TaskKind};
-use reliant_telemetry::{TraceContext, chain, hop, metrics};
+use reliant_telemetry::{TraceContext, chain, hop, metrics, sampled};
 use reliant_types::{
     ChatId, DaemonId, ToolCallId, UserId, limits,
     pb::{self, connect_response::Frame},
@@ -47,7 +47,15 @@ pub(crate) struct Results {
 
 impl Results {
     pub fn new(hub: Arc<Hub>, daemon: DaemonId, writer: Writer, drain: Drain, gone: CancellationToken) -> Self {
-        Self { hub, daemon, writer, drain, gone, places: Arc::new(Semaphore::new(RESULTS_MAX)), on_way: Arc::default() }
+        Self {
+            hub,
+            daemon,
+            writer,
+            drain,
+            gone,
+            places: sampled::places("tunnel_results", RESULTS_MAX),
+            on_way: Arc::default(),
+        }
     }
 
     /// Takes a result on its way. Without room it is dropped: the daemon repeats it until it is acknowledged.

@@ -23,9 +23,10 @@ use reliant_middleware::Authenticator;
 use reliant_rpc::tunnel_service_server::TunnelServiceServer;
 use reliant_runtime::{AdminServer, Drain, Role, TaskKind, check_fn};
 use reliant_store::Store;
+use reliant_telemetry::sampled;
 use reliant_types::{Code, Failure, InstanceId, limits, pb};
 use std::{net::SocketAddr, sync::Arc};
-use tokio::{net::TcpListener, sync::Semaphore};
+use tokio::net::TcpListener;
 use tonic::transport::server::TcpIncoming;
 
 /// Ended streams have so long to give their leases back.
@@ -118,12 +119,12 @@ impl Role for Gateway {
         drain.spawn(TaskKind::Upkeep("revocations"), revocations::poll(hub.clone()));
         drain.spawn(TaskKind::Upkeep("revocation messages"), revocations::listen(hub.clone(), control));
 
-        let places = Arc::new(Semaphore::new(config.max_daemons));
+        let places = sampled::places("daemons", config.max_daemons);
         let tunnel = tunnel::Tunnel {
             hub: hub.clone(),
             drain: drain.clone(),
             places: places.clone(),
-            admissions: Arc::new(Semaphore::new(config.admissions.max(1))),
+            admissions: sampled::places("admissions", config.admissions.max(1)),
         };
         let tunnel = TunnelServiceServer::new(tunnel).max_decoding_message_size(limits::GRPC_MESSAGE_MAX_BYTES);
         let (reporter, health) = tonic_health::server::health_reporter();

@@ -2,12 +2,17 @@
 //! answers is forgotten, and the one who asked has its own timeout.
 
 use reliant_bus::{PrefixSubject, Received, ToolSubject};
-use reliant_telemetry::metrics::{self, CallGuard, GaugeGuard};
+use reliant_telemetry::{
+    metrics::{self, CallGuard, GaugeGuard},
+    sampled,
+};
 use reliant_types::limits;
 use std::{
     collections::HashMap,
+    sync::Arc,
     time::{Duration, Instant},
 };
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// Longer than anybody waits for an answer.
 pub(crate) const FORGET_AFTER: Duration = Duration::from_secs(2 * limits::NATS_REQUEST_TIMEOUT.as_secs());
@@ -44,16 +49,19 @@ pub(crate) struct Entry<A = Asker> {
     pub timer: CallGuard,
     since: Instant,
     _counted: GaugeGuard,
+    _place: Option<OwnedSemaphorePermit>,
 }
 
 pub(crate) struct Pending<A = Asker> {
     last: u64,
+    places: Arc<Semaphore>,
     entries: HashMap<u64, Entry<A>>,
 }
 
 impl<A> Pending<A> {
     pub fn new() -> Self {
-        Self { last: 0, entries: HashMap::new() }
+        let places = sampled::places("tunnel_pending", limits::GATEWAY_PENDING_MAX);
+        Self { last: 0, places, entries: HashMap::new() }
     }
 
     pub fn is_empty(&self) -> bool {
@@ -61,7 +69,7 @@ impl<A> Pending<A> {
     }
 
     pub fn is_full(&self) -> bool {
-        self.entries.len() >= limits::GATEWAY_PENDING_MAX
+        self.places.available_permits() == 0
     }
 
     /// The request's id on the stream, from 1.
@@ -69,7 +77,10 @@ impl<A> Pending<A> {
         self.last += 1;
         let timer = metrics::guard(&metrics::DAEMON_REQUEST, &[kind.label()]);
         let counted = metrics::in_flight(&metrics::DAEMON_PENDING);
-        self.entries.insert(self.last, Entry { kind, asker, timer, since: Instant::now(), _counted: counted });
+        // Whoever adds has asked whether there is room.
+        let place = self.places.clone().try_acquire_owned().ok();
+        let entry = Entry { kind, asker, timer, since: Instant::now(), _counted: counted, _place: place };
+        self.entries.insert(self.last, entry);
         self.last
     }
 

@@ -7,7 +7,7 @@ use std::{
 };
 
 use futures::Stream;
-use reliant_telemetry::{TraceContext, metrics};
+use reliant_telemetry::{TraceContext, metrics, sampled};
 use reliant_types::pb::{self, connect_response::Frame};
 use tokio::sync::mpsc;
 use tonic::Status;
@@ -35,7 +35,7 @@ pub(crate) struct Dropped;
 
 impl Writer {
     pub fn new() -> (Self, Outgoing) {
-        let (sender, receiver) = mpsc::channel(QUEUE_MAX);
+        let (sender, receiver) = sampled::channel("tunnel", QUEUE_MAX);
         (Self(sender), Outgoing(receiver))
     }
 

@@ -4,7 +4,7 @@
 //! that are none. A full queue drops; Postgres has the events and the producer has the text.
 
 use reliant_bus::{Bus, FeedSubject, UpdateSubject};
-use reliant_telemetry::{TraceContext, chain, metrics};
+use reliant_telemetry::{TraceContext, chain, metrics, sampled};
 use reliant_types::{ChatId, UserId, pb};
 use tokio::sync::mpsc;
 
@@ -46,7 +46,7 @@ impl Hints {
 
 impl Publisher {
     pub fn new() -> (Self, Hints) {
-        let (sender, queue) = mpsc::channel(QUEUE_MAX);
+        let (sender, queue) = sampled::channel("hints", QUEUE_MAX);
         (Self { queue: sender }, Hints { queue })
     }
 

@@ -6,9 +6,8 @@ use std::sync::Arc;
 
 use reliant_bus::{Received, ResultSubject};
 use reliant_store::ResultFate;
-use reliant_telemetry::{chain, metrics};
+use reliant_telemetry::{chain, metrics, sampled};
 use reliant_types::{Code, Failure, pb};
-use tokio::sync::Semaphore;
 use tracing::Instrument;
 
 use crate::{engine::Engine, presence::GROUP, rounds::Settled};
@@ -18,7 +17,7 @@ const PARALLEL: usize = 64;
 
 pub async fn run(engine: Arc<Engine>) -> Result<(), reliant_bus::BusError> {
     let mut results = engine.bus.subscribe_wildcard::<ResultSubject>(Some(GROUP)).await?;
-    let places = Arc::new(Semaphore::new(PARALLEL));
+    let places = sampled::places("results", PARALLEL);
     loop {
         let received = tokio::select! {
             received = results.next() => received,

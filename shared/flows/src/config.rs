@@ -1,6 +1,6 @@
 //! Where Temporal is and how a worker of it is sized.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{path::PathBuf, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
@@ -58,8 +58,6 @@ pub struct WorkerTuning {
     /// A draining worker lets model calls run so long, then they are tried again elsewhere.
     #[serde(with = "humantime_serde")]
     pub drain: Duration,
-    /// Where the metrics of Temporal's own worker core are served; none: not at all.
-    pub metrics_listen: Option<SocketAddr>,
 }
 
 impl Default for WorkerTuning {
@@ -72,7 +70,6 @@ impl Default for WorkerTuning {
             workflow_pollers: 6,
             activity_pollers: 4,
             drain: Duration::from_secs(60),
-            metrics_listen: None,
         }
     }
 }

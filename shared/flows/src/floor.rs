@@ -62,7 +62,7 @@ impl FloorWorkflow {
 pub async fn run_floor(config: &FlowsConfig, n: usize) -> Result<Vec<Duration>, FlowsError> {
     let task_queue = format!("{}-floor-{}", config.task_queue, uuid::Uuid::now_v7().simple());
     let stop = CancellationToken::new();
-    let runtime = Arc::new(core_runtime(&crate::WorkerTuning { metrics_listen: None, ..config.worker.clone() })?);
+    let runtime = Arc::new(core_runtime()?);
     let client = connect_once(config, "reliant-floor").await?;
     let options = WorkerOptions::new(task_queue.clone())
         .workflow_task_poller_behavior(PollerBehavior::SimpleMaximum(config.worker.workflow_pollers.max(2)))

@@ -9,6 +9,7 @@ mod client;
 mod config;
 mod driver;
 pub mod floor;
+mod meter;
 mod trace;
 mod worker;
 pub mod workflow;

@@ -1,14 +1,11 @@
 //! The worker: polls Temporal for workflow tasks and model calls until it is told to drain.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use reliant_telemetry::chain;
 use temporalio_client::Client;
 use temporalio_common::{
-    telemetry::{
-        HistogramBucketOverrides, PrometheusExporterOptions, TelemetryOptions, metrics::CoreMeter,
-        start_prometheus_metric_exporter,
-    },
+    telemetry::{TelemetryOptions, metrics::CoreMeter},
     worker::{WorkerDeploymentOptions, WorkerDeploymentVersion},
 };
 use temporalio_sdk::{
@@ -22,7 +19,7 @@ use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    FlowsConfig, FlowsError, WorkerTuning, activities::Activities, client::connect_until, driver::Driver, trace,
+    FlowsConfig, FlowsError, activities::Activities, client::connect_until, driver::Driver, meter::Meter, trace,
     workflow::ChatWorkflow,
 };
 
@@ -42,7 +39,7 @@ pub async fn run_worker(
     driver: Arc<dyn Driver>,
     drain: CancellationToken,
 ) -> Result<(), FlowsError> {
-    let runtime = Arc::new(core_runtime(&config.worker)?);
+    let runtime = Arc::new(core_runtime()?);
     let identity = format!("reliant-worker-{}", std::process::id());
     let mut delay = RESTART_MIN;
     loop {
@@ -141,41 +138,8 @@ pub(crate) async fn poll(
     }
 }
 
-pub(crate) fn core_runtime(tuning: &WorkerTuning) -> Result<Runtime, FlowsError> {
-    let telemetry = match tuning.metrics_listen {
-        None => TelemetryOptions::builder().build(),
-        Some(address) => {
-            let exporter = start_prometheus_metric_exporter(
-                PrometheusExporterOptions::builder()
-                    .socket_addr(address)
-                    .counters_total_suffix(true)
-                    .use_seconds_for_durations(true)
-                    .histogram_bucket_overrides(fine_buckets())
-                    .build(),
-            )
-            .map_err(|e| FlowsError::Worker(format!("metrics of the Temporal core at {address}: {e}")))?;
-            TelemetryOptions::builder().metrics(exporter.meter as Arc<dyn CoreMeter>).build()
-        }
-    };
+pub(crate) fn core_runtime() -> Result<Runtime, FlowsError> {
+    let telemetry = TelemetryOptions::builder().metrics(Arc::new(Meter::default()) as Arc<dyn CoreMeter>).build();
     let options = RuntimeOptions::builder().telemetry_options(telemetry).build().map_err(FlowsError::Worker)?;
     Runtime::from_current_tokio(options).map_err(|e| FlowsError::Worker(e.to_string()))
-}
-
-/// The core's default buckets begin at 50 ms, where our whole turn ends.
-fn fine_buckets() -> HistogramBucketOverrides {
-    let seconds = vec![0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0];
-    let names = [
-        "workflow_task_schedule_to_start_latency",
-        "workflow_task_execution_latency",
-        "workflow_task_replay_latency",
-        "workflow_endtoend_latency",
-        "activity_schedule_to_start_latency",
-        "activity_execution_latency",
-        "activity_succeed_endtoend_latency",
-        "local_activity_execution_latency",
-        "request_latency",
-        "long_request_latency",
-    ];
-    let overrides = names.into_iter().map(|name| (name.to_owned(), seconds.clone())).collect::<HashMap<_, _>>();
-    HistogramBucketOverrides { overrides }
 }

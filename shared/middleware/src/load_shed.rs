@@ -11,7 +11,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use http::{Request, Response};
 use http_body::Body as HttpBody;
-use reliant_telemetry::metrics::RPC_REFUSED;
+use reliant_telemetry::{metrics::RPC_REFUSED, sampled};
 use reliant_types::{Code, Failure};
 use tokio::sync::Semaphore;
 use tonic::body::Body;
@@ -31,8 +31,7 @@ pub struct LoadShedLayer {
 impl LoadShedLayer {
     /// Calls and streams are counted apart: streams stay, and must not take the places of calls.
     pub fn new(max_unary: usize, max_streams: usize) -> Self {
-        let places = |count: usize| Arc::new(Semaphore::new(count.min(Semaphore::MAX_PERMITS)));
-        Self { unary: places(max_unary), streams: places(max_streams) }
+        Self { unary: sampled::places("calls", max_unary), streams: sampled::places("call_streams", max_streams) }
     }
 }
 

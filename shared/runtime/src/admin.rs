@@ -83,7 +83,11 @@ impl AdminServer {
     /// Serves until it is cancelled: spawn it as [`crate::TaskKind::Upkeep`], so that while draining `/health` stays good
     /// and `/ready` does not.
     pub async fn serve(self, drain: Drain) -> io::Result<()> {
-        axum::serve(self.listener, router(self.checks, drain).merge(self.extra)).await
+        let pages = router(self.checks, drain).merge(self.extra);
+        tokio::select! {
+            served = axum::serve(self.listener, pages) => served,
+            never = reliant_telemetry::sampled::probe_runtime() => never,
+        }
     }
 }
 

@@ -9,6 +9,7 @@ pub mod metrics;
 pub mod names;
 pub mod page;
 mod pipeline;
+pub mod sampled;
 mod spool;
 pub mod trace;
 

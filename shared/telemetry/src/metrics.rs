@@ -4,7 +4,7 @@
 use crate::chain;
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 
-use prometheus::{Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry};
+use prometheus::{Counter, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry};
 use std::{
     sync::LazyLock,
     time::{Duration, Instant},
@@ -44,6 +44,7 @@ macro_rules! kinds {
 }
 
 kinds! {
+    Counter, "counter", |n, h, _l, _b| Counter::new(n, h);
     IntCounter, "counter", |n, h, _l, _b| IntCounter::new(n, h);
     IntCounterVec, "counter", |n, h, l, _b| IntCounterVec::new(prometheus::Opts::new(n, h), l);
     IntGauge, "gauge", |n, h, _l, _b| IntGauge::new(n, h);
@@ -201,8 +202,10 @@ metrics! {
     pub static JOURNAL_COMMIT: Histogram = ("reliant_journal_commit_seconds", [], HOP_SECONDS);
 
     // --- queues, relay, tasks, storage
-    /// Entries waiting in a bounded queue, by queue.
+    /// Entries in a bounded queue, or places taken, by queue; where a process has several of a name, of the fullest one. Read at the scrape.
     pub static QUEUE_DEPTH: IntGaugeVec = ("reliant_queue_depth", ["queue"]);
+    /// Room in one such queue.
+    pub static QUEUE_LIMIT: IntGaugeVec = ("reliant_queue_limit", ["queue"]);
     /// Entries refused or dropped because a bounded queue was full, by queue.
     pub static QUEUE_REFUSED: IntCounterVec = ("reliant_queue_refused_total", ["queue"]);
     /// Chats woken again by the relay, by reason (unseen, stale, retry; held: they got a place).
@@ -219,6 +222,52 @@ metrics! {
     pub static OTLP_ADOPTED: IntCounterVec = ("reliant_otlp_adopted_total", ["signal"]);
     /// Background tasks that ended otherwise than asked, by kind.
     pub static TASK_FAILURES: IntCounterVec = ("reliant_task_failures_total", ["kind"]);
+
+    // --- Temporal's worker core, under the names that Temporal's SDKs have in common
+    /// Free places for tasks, by kind of worker (WorkflowWorker, ActivityWorker, LocalActivityWorker).
+    pub static TEMPORAL_SLOTS_AVAILABLE: IntGaugeVec = ("temporal_worker_task_slots_available", ["worker_type"]);
+    /// Places for tasks that are taken, by kind of worker.
+    pub static TEMPORAL_SLOTS_USED: IntGaugeVec = ("temporal_worker_task_slots_used", ["worker_type"]);
+    /// Polls for tasks under way, by kind (workflow_task, sticky_workflow_task, activity_task).
+    pub static TEMPORAL_POLLERS: IntGaugeVec = ("temporal_num_pollers", ["poller_type"]);
+    /// From a workflow task's schedule by the server to its start here.
+    pub static TEMPORAL_WORKFLOW_TASK_SCHEDULED: Histogram = ("temporal_workflow_task_schedule_to_start_latency_seconds", [], SECONDS);
+    /// A workflow task's work, without replay.
+    pub static TEMPORAL_WORKFLOW_TASK_EXECUTION: Histogram = ("temporal_workflow_task_execution_latency_seconds", [], SECONDS);
+    /// Catching up on a workflow's history, where it was not in the cache.
+    pub static TEMPORAL_WORKFLOW_TASK_REPLAY: Histogram = ("temporal_workflow_task_replay_latency_seconds", [], SECONDS);
+    /// From an activity's schedule by the server to its start here.
+    pub static TEMPORAL_ACTIVITY_SCHEDULED: Histogram = ("temporal_activity_schedule_to_start_latency_seconds", [], SECONDS);
+    /// An activity's work.
+    pub static TEMPORAL_ACTIVITY_EXECUTION: Histogram = ("temporal_activity_execution_latency_seconds", [], LONG_SECONDS);
+    /// A local activity's work.
+    pub static TEMPORAL_LOCAL_ACTIVITY_EXECUTION: Histogram = ("temporal_local_activity_execution_latency_seconds", [], SECONDS);
+    /// Workflow tasks that failed.
+    pub static TEMPORAL_WORKFLOW_TASK_FAILED: IntCounter = ("temporal_workflow_task_execution_failed_total", []);
+    /// Activities that failed; most of them are tried again.
+    pub static TEMPORAL_ACTIVITY_FAILED: IntCounter = ("temporal_activity_execution_failed_total", []);
+    /// Local activities that failed.
+    pub static TEMPORAL_LOCAL_ACTIVITY_FAILED: IntCounter = ("temporal_local_activity_execution_failed_total", []);
+    /// Workflow tasks whose workflow was in the cache.
+    pub static TEMPORAL_STICKY_HIT: IntCounter = ("temporal_sticky_cache_hit_total", []);
+    /// Workflow tasks whose workflow should have been in the cache and was not.
+    pub static TEMPORAL_STICKY_MISS: IntCounter = ("temporal_sticky_cache_miss_total", []);
+    /// Workflows put out of the cache before their end.
+    pub static TEMPORAL_STICKY_EVICTED: IntCounter = ("temporal_sticky_cache_total_forced_eviction_total", []);
+    /// Workflows in the cache.
+    pub static TEMPORAL_STICKY_SIZE: IntGauge = ("temporal_sticky_cache_size", []);
+
+    // --- the process; Prometheus' own `process_*` stand beside these
+    /// Threads that run tasks.
+    pub static RUNTIME_THREADS: IntGauge = ("reliant_runtime_threads", []);
+    /// Tasks that are alive.
+    pub static RUNTIME_TASKS: IntGauge = ("reliant_runtime_tasks", []);
+    /// Tasks that are ready and wait for a thread, in the queue of all threads.
+    pub static RUNTIME_QUEUE: IntGauge = ("reliant_runtime_queued_tasks", []);
+    /// Time that threads spent at work, all together; its rate over the threads is how busy the runtime is.
+    pub static RUNTIME_BUSY: Counter = ("reliant_runtime_busy_seconds_total", []);
+    /// How late a task is taken up whose time has come, measured four times a second.
+    pub static RUNTIME_LAG: Histogram = ("reliant_runtime_lag_seconds", [], HOP_SECONDS);
 }
 
 /// The registry that `/metrics` shows, with every declared metric in it.
@@ -229,6 +278,7 @@ pub fn registry() -> &'static Registry {
 
 /// The text of `/metrics`.
 pub fn render() -> String {
+    crate::sampled::read();
     let mut text = String::new();
     if let Err(error) = prometheus::TextEncoder::new().encode_utf8(&registry().gather(), &mut text) {
         tracing::warn!(error = %chain(&error), "metrics could not be written out");

@@ -13,7 +13,10 @@ use std::{
 use futures::{StreamExt as _, TryStreamExt as _};
 use parking_lot::Mutex;
 use reliant_runtime::{Drain, TaskKind};
-use reliant_telemetry::metrics::{self, GaugeGuard};
+use reliant_telemetry::{
+    metrics::{self, GaugeGuard},
+    sampled,
+};
 use reliant_types::{ChatId, Code, Failure, UserId, limits};
 
 use super::{
@@ -62,14 +65,13 @@ struct Ticket {
 
 impl Hub {
     pub fn new(deps: Deps, max_streams: usize, max_user_streams: usize, drain: Drain) -> Self {
-        Self {
-            deps: Arc::new(deps),
-            chats: Table::new(),
-            users: Table::new(),
-            drain,
-            next: AtomicU64::new(1),
-            open: Arc::new(Open { streams: Mutex::default(), max: max_streams, user_max: max_user_streams }),
-        }
+        let open = Arc::new(Open { streams: Mutex::default(), max: max_streams, user_max: max_user_streams });
+        let (all, users) = (Arc::downgrade(&open), Arc::downgrade(&open));
+        sampled::watch("streams", max_streams, move || all.upgrade().map(|open| open.streams.lock().0));
+        sampled::watch("user_streams", max_user_streams, move || {
+            users.upgrade().map(|open| open.streams.lock().1.values().copied().max().unwrap_or_default())
+        });
+        Self { deps: Arc::new(deps), chats: Table::new(), users: Table::new(), drain, next: AtomicU64::new(1), open }
     }
 
     /// A stream of the user's feed and these chats. `NOT_FOUND` if one of them is not the user's.

@@ -13,6 +13,7 @@ use std::{
 };
 
 use parking_lot::Mutex;
+use reliant_telemetry::sampled;
 use reliant_types::{Code, Failure};
 use tokio::sync::{Notify, mpsc, watch};
 
@@ -87,7 +88,7 @@ impl<K: Copy + Eq + Hash> Table<K> {
             let mut entries = self.0.lock();
             let mut fresh = None;
             if entries.get(&key).is_none_or(|entry| entry.commands.is_closed()) {
-                let (commands, receiver) = mpsc::channel(COMMANDS_MAX);
+                let (commands, receiver) = sampled::channel("feed_commands", COMMANDS_MAX);
                 let (sender, ready) = watch::channel(None);
                 let (seq, count) = (Arc::new(AtomicI64::new(i64::MAX)), Arc::<Count>::default());
                 let entry = Entry { commands, seq: seq.clone(), ready, count: count.clone() };

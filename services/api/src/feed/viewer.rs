@@ -13,7 +13,7 @@ use std::{
 use bytes::Bytes;
 use futures::Stream;
 use parking_lot::Mutex;
-use reliant_telemetry::metrics;
+use reliant_telemetry::{metrics, sampled};
 use reliant_types::{
     ChatId, Code, Failure, limits,
     pb::{self, subscribe_response::Update},
@@ -128,7 +128,7 @@ pub struct ViewerStream {
 
 /// A viewer and its stream, not yet in any feed.
 pub fn viewer(id: u64, queue: usize, drain: CancellationToken, open: Box<dyn Send>) -> (Viewer, ViewerStream) {
-    let (sender, receiver) = mpsc::channel(queue);
+    let (sender, receiver) = sampled::channel("viewer", queue);
     let shared = Arc::<Shared>::default();
     let viewer = Viewer { id, queue: sender, shared: shared.clone() };
     let mut heartbeat = interval_at(Instant::now() + limits::HEARTBEAT_INTERVAL, limits::HEARTBEAT_INTERVAL);

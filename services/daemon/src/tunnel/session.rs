@@ -15,10 +15,11 @@ use pb::{connect_request::Frame as Up, connect_response::Frame as Down};
 use reliant_rpc::tunnel_service_client::TunnelServiceClient;
 use reliant_telemetry::{
     names::span,
+    sampled,
     trace::{TraceContext, hop},
 };
 use reliant_types::{Code, limits, pb};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tonic::Streaming;
 
@@ -140,8 +141,8 @@ async fn dial(shared: &Shared, address: &str) -> Result<Dialled, SessionError> {
     let mut client = TunnelServiceClient::new(channel)
         .max_decoding_message_size(limits::GRPC_MESSAGE_MAX_BYTES)
         .max_encoding_message_size(limits::GRPC_MESSAGE_MAX_BYTES);
-    let (control, control_rx) = mpsc::channel(CONTROL_QUEUE_MAX);
-    let (live, live_rx) = mpsc::channel(LIVE_QUEUE_MAX);
+    let (control, control_rx) = sampled::channel("daemon_control", CONTROL_QUEUE_MAX);
+    let (live, live_rx) = sampled::channel("daemon_live", LIVE_QUEUE_MAX);
     control
         .try_send(frame(&TraceContext::default(), 0, Up::Hello(shared.hello())))
         .expect("the queue is new and empty");
@@ -199,7 +200,7 @@ impl Session {
     ) -> SessionError {
         let Self { number, control, live, mut inbound, .. } = self;
         shared.calls.hub.attach(live.clone());
-        let (requests, queue) = mpsc::channel(REQUESTS_MAX);
+        let (requests, queue) = sampled::channel("daemon_requests", REQUESTS_MAX);
         let working = Arc::new(AtomicUsize::new(0));
         // Ends with the session, however it ends.
         let over = CancellationToken::new();
@@ -305,7 +306,7 @@ async fn take_up(
     control: mpsc::Sender<pb::ConnectRequest>,
     working: Arc<AtomicUsize>,
 ) {
-    let permits = Arc::new(Semaphore::new(WORKING_MAX));
+    let permits = sampled::places("daemon_working", WORKING_MAX);
     while let Some(Asked { request_id, trace, frame: asked }) = queue.recv().await {
         let Ok(permit) = permits.clone().acquire_owned().await else { return };
         let calls = shared.calls.clone();
