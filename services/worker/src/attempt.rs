@@ -107,7 +107,11 @@ async fn answer(
         Err(failure) => return Ok(Err(End::Failed(failure))),
     };
     let (mut request, untold) = context(attempt, model.max_tools);
-    let (messages, last) = history::to_model(&attempt.history, &attempt.model);
+    let (history, transcript) = engine.store.history(attempt, engine.transcripts.take(attempt.chat)).await?;
+    if let Some(transcript) = transcript {
+        engine.transcripts.put(attempt.chat, transcript);
+    }
+    let (messages, last) = history::to_model(&history.messages, &attempt.model);
     request.messages = messages;
     let report = fit_history(&mut request, &model, last);
     if report.too_large {
@@ -117,9 +121,10 @@ async fn answer(
         );
         return Ok(Err(End::Failed(failure)));
     }
-    let shortened = report.notice().or_else(|| attempt.history_cut.then(|| HISTORY_CUT.to_owned()));
-    if let Some(notice) = shortened {
-        let noticed = engine.store.add_notice(attempt.turn, attempt.fence, Notice::OfTurn, &notice).await?;
+    // That a chat is very long is said once; what of it does not fit a window, for each turn anew.
+    let cut = || (history.cut && attempt.iteration == 0).then(|| (Notice::OfChat, HISTORY_CUT.to_owned()));
+    if let Some((of, notice)) = report.notice().map(|notice| (Notice::OfTurn, notice)).or_else(cut) {
+        let noticed = engine.store.add_notice(attempt.turn, attempt.fence, of, &notice).await?;
         engine.tell(noticed);
     }
     // The tools are the same for all rounds of a turn, or nearly.

@@ -3,15 +3,15 @@
 //! A dispatch's generation is durable before it is sent, so that whatever happens next is known for what it is. No
 //! answer means nothing: only the daemon's journal says what ran.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use futures::StreamExt;
 use reliant_bus::{BusError, ToolSubject, Topic as _};
 use reliant_flows::Step;
 use reliant_store::{CancelCall, DispatchOrder};
-use reliant_telemetry::{TraceContext, chain, hop_span, metrics};
+use reliant_telemetry::{TraceContext, chain, metrics};
 use reliant_types::{ChatId, ToolCallId, TurnId, limits, pb};
-use tracing::Instrument;
+use tracing::{Instrument, Span, field::Empty};
 
 use crate::engine::{Engine, EngineError};
 
@@ -54,15 +54,28 @@ pub fn look_again(turn: TurnId) -> Step {
 
 /// The worst of what became of them.
 pub async fn send_all(engine: &Arc<Engine>, chat: ChatId, calls: &[ToolCallId]) -> Result<Sent, EngineError> {
-    let mut prepared = engine.store.prepare_dispatches(chat, calls).await?;
+    let spans: Vec<Span> = calls.iter().map(|call| leaving(*call)).collect();
+    let traces: Vec<TraceContext> = spans.iter().map(TraceContext::of).collect();
+    let mut prepared = engine.store.prepare_dispatches(chat, calls, &traces).await?;
     let orders = std::mem::take(&mut prepared.value);
     engine.tell(prepared);
+    // What crosses is the context of a span that has ended: a kill cannot orphan what follows.
+    let mut traces: HashMap<ToolCallId, TraceContext> = calls.iter().copied().zip(traces).collect();
+    for (call, span) in calls.iter().zip(spans) {
+        match orders.iter().find(|order| order.call.call_id == call.to_string()) {
+            Some(order) => leaves(&span, order),
+            None => {
+                span.record("tool.status", "not_sent");
+            }
+        }
+    }
     // Some are not to be sent any more, or not yet, or their daemon is away.
     let mut worst = if orders.len() == calls.len() { Sent::Taken } else { Sent::Changed };
     let mut sent = futures::stream::iter(orders)
         .map(|order| {
             let engine = engine.clone();
-            async move { send(&engine, order).await }
+            let trace = order.call.call_id.parse().ok().and_then(|call| traces.remove(&call)).unwrap_or_default();
+            async move { send(&engine, order, trace).await }
         })
         .buffer_unordered(PARALLEL);
     let mut failed = None;
@@ -76,9 +89,8 @@ pub async fn send_all(engine: &Arc<Engine>, chat: ChatId, calls: &[ToolCallId]) 
     failed.map_or(Ok(worst), Err)
 }
 
-async fn send(engine: &Arc<Engine>, order: DispatchOrder) -> Result<Sent, EngineError> {
-    let Ok(call) = order.call.call_id.parse::<ToolCallId>() else { return Ok(Sent::Changed) };
-    let (daemon, generation) = (order.daemon, order.call.generation);
+/// The span with which a call leaves. Its context is stored with the dispatch, so it is there before the dispatch is.
+fn leaving(call: ToolCallId) -> Span {
     let span = tracing::info_span!(
         "tool.dispatch",
         otel.kind = "producer",
@@ -87,13 +99,26 @@ async fn send(engine: &Arc<Engine>, order: DispatchOrder) -> Result<Sent, Engine
         messaging.operation.type = "send",
         messaging.destination.template = ToolSubject::TEMPLATE,
         tool.call_id = %call,
-        tool.generation = generation,
-        gen_ai.tool.name = order.call.tool,
-        daemon.id = %daemon,
+        tool.generation = Empty,
+        tool.status = Empty,
+        gen_ai.tool.name = Empty,
+        daemon.id = Empty,
     );
-    // What crosses is the context of a span that has ended: a kill cannot orphan what follows.
-    let trace = hop_span(span);
+    TraceContext::incoming().set_parent(&span);
+    span
+}
 
+/// A dispatch that is made again stands beside the one before it.
+fn leaves(span: &Span, order: &DispatchOrder) {
+    span.record("tool.generation", order.call.generation);
+    span.record("gen_ai.tool.name", &order.call.tool);
+    span.record("daemon.id", tracing::field::display(order.daemon));
+    order.replaces.link(span);
+}
+
+async fn send(engine: &Arc<Engine>, order: DispatchOrder, trace: TraceContext) -> Result<Sent, EngineError> {
+    let Ok(call) = order.call.call_id.parse::<ToolCallId>() else { return Ok(Sent::Changed) };
+    let (daemon, generation) = (order.daemon, order.call.generation);
     engine.rounds.sent(call);
     let request = pb::ToolRequest { request: Some(pb::tool_request::Request::Dispatch(order.call)) };
     let asked = engine.bus.request_with(&trace, &ToolSubject { daemon }, &request, limits::NATS_REQUEST_TIMEOUT).await;

@@ -14,12 +14,12 @@ use reliant_bus::Bus;
 use reliant_flows::{DriverError, Flows, Step};
 use reliant_models::Models;
 use reliant_store::{Committed, Store, StoreError, Wake};
-use reliant_telemetry::{TraceContext, chain, hop, metrics};
+use reliant_telemetry::{TraceContext, chain, hop, metrics, sampled};
 use reliant_types::{ChatId, Code, InstanceId, TurnId, pb};
 use tokio::sync::{Notify, Semaphore};
 use tokio_util::sync::CancellationToken;
 
-use crate::{live::Live, publish::Publisher, rounds::Rounds, tools::Schemas};
+use crate::{live::Live, publish::Publisher, rounds::Rounds, tools::Schemas, transcripts::Transcripts};
 
 /// Wakes and other short errands under way at one time; past that they wait their turn.
 const ERRANDS_MAX: usize = 256;
@@ -47,6 +47,7 @@ pub struct Engine {
     pub publisher: Publisher,
     pub live: Live,
     pub rounds: Arc<Rounds>,
+    pub transcripts: Transcripts,
     pub schemas: Schemas,
     pub cancels: Cancels,
     pub instance: InstanceId,
@@ -88,7 +89,7 @@ impl Freed {
 
 impl Engine {
     pub fn errands() -> Arc<Semaphore> {
-        Arc::new(Semaphore::new(ERRANDS_MAX))
+        sampled::places("errands", ERRANDS_MAX)
     }
 
     /// What the chat needs now, as the workflow says it.

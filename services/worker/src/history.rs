@@ -1,6 +1,8 @@
 //! A chat's stored messages as a model reads them. Notices are for people and are never sent. What is missing between
 //! calls and results is mended by `reliant_models::fit_history`.
 
+use std::sync::Arc;
+
 use reliant_models::{ChatMessage, ChatRole, LastInput, Part};
 use reliant_types::{
     limits,
@@ -9,7 +11,7 @@ use reliant_types::{
 
 /// `model` is the model that will read it: another provider's thinking is left out, its signature would be refused.
 /// With it goes what the provider counted for the newest answer's prompt.
-pub fn to_model(messages: &[pb::Message], model: &str) -> (Vec<ChatMessage>, Option<LastInput>) {
+pub fn to_model(messages: &[Arc<pb::Message>], model: &str) -> (Vec<ChatMessage>, Option<LastInput>) {
     let mut out = Vec::with_capacity(messages.len());
     let mut last = None;
     for message in messages {
@@ -89,9 +91,9 @@ fn provider(model: &str) -> &str {
 mod tests {
     use super::*;
 
-    fn message(role: pb::Role, blocks: Vec<Block>) -> pb::Message {
+    fn message(role: pb::Role, blocks: Vec<Block>) -> Arc<pb::Message> {
         let blocks = blocks.into_iter().map(|block| pb::ContentBlock { position: 0, block: Some(block) }).collect();
-        pb::Message { role: role as i32, model: "a/x".into(), blocks, ..Default::default() }
+        Arc::new(pb::Message { role: role as i32, model: "a/x".into(), blocks, ..Default::default() })
     }
 
     fn text(text: &str) -> Block {
@@ -109,7 +111,7 @@ mod tests {
     #[test]
     fn roles_are_mapped_and_notices_left_out() {
         let mut answer = message(pb::Role::Assistant, vec![text("looking"), call("1")]);
-        answer.usage = Some(pb::Usage { input_tokens: 7, ..Default::default() });
+        Arc::make_mut(&mut answer).usage = Some(pb::Usage { input_tokens: 7, ..Default::default() });
         let messages = [
             message(pb::Role::User, vec![text("hi")]),
             answer,

@@ -19,6 +19,7 @@ mod relay;
 mod results;
 mod rounds;
 mod tools;
+mod transcripts;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -39,6 +40,7 @@ use crate::{
     publish::{Hints, Publisher},
     rounds::Rounds,
     tools::Schemas,
+    transcripts::Transcripts,
 };
 
 /// What is left of a drain after the model calls had their time.
@@ -130,6 +132,7 @@ pub async fn build(config: WorkerConfig, deps: WorkerDeps) -> Result<Worker, Wor
         publisher,
         live: Live::default(),
         rounds: Arc::new(Rounds::default()),
+        transcripts: Transcripts::default(),
         schemas: Schemas::new(config.tool_timeout.min(limits::TOOL_TIMEOUT_MAX)),
         cancels: Default::default(),
         instance,

@@ -8,7 +8,7 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use reliant_telemetry::TraceContext;
 use reliant_types::{
-    ApprovalId, ChatId, DaemonId, Failure, InstanceId, MessageId, ToolCallId, TurnId, UserId, limits,
+    ApprovalId, ChatId, DaemonId, Failure, InstanceId, MessageId, ToolCallId, TurnId, UserId,
     pb::{self, chat_event::Kind, content_block::Block},
 };
 use uuid::Uuid;
@@ -18,8 +18,7 @@ use crate::{
     Store, StoreError,
     chat_tx::{ChatTx, Key, NewMessage},
     lead::Stamps,
-    pages::newest_for_model,
-    rows::{CallRow, MessageRow, TurnRow, calls, clean, declarations, incarnation, mode, turns},
+    rows::{CallRow, TurnRow, calls, clean, declarations, incarnation, mode, turns},
     settle::{self, TurnEnding},
 };
 
@@ -121,7 +120,6 @@ impl Store {
             retry_message: row.retry_message,
             held_at: None,
         };
-        let (chat, ordinal) = (current.chat_id, current.ordinal);
         let live = current.live_message_id.ok_or(StoreError::Corrupt("an attempt without its message"))?;
         if row.started || row.waited {
             tx.event(Kind::TurnChanged(current.to_pb()));
@@ -157,15 +155,11 @@ impl Store {
             claimed_at: now,
             daemon,
             root_id,
-            history: Vec::new(),
-            history_cut: false,
+            ordinal: current.ordinal,
+            last_ordinal: tx.chat.last_ordinal,
             deadline: row.deadline,
         };
-        let committed = tx.commit(attempt).await?;
-        // What the turn's model reads was committed before its round could be claimed, and nothing is added to it while the
-        // fence holds: so it is read without the chat's row, for which senders and results wait.
-        let (history, history_cut) = history(&self.pool, chat, ordinal).await?;
-        Ok(committed.map(|attempt| Claim::Claimed(Box::new(Attempt { history, history_cut, ..attempt }))))
+        tx.commit(Claim::Claimed(Box::new(attempt))).await
     }
 
     /// Stores the model's message with the calls it asks for, or without any ends the turn.
@@ -332,23 +326,6 @@ impl Store {
         })
         .await
     }
-}
-
-/// Messages that the turn's model reads, and whether older ones were left out.
-async fn history(db: impl sqlx::PgExecutor<'_>, chat: Uuid, turn: i32) -> Result<(Vec<pb::Message>, bool)> {
-    let count = limits::HISTORY_MESSAGES_MAX;
-    let mut rows = newest_for_model(db, chat, turn, count + 1, limits::HISTORY_MAX_BYTES).await?;
-    let older = rows.len() as i64 > count;
-    rows.truncate(count as usize);
-    // Nothing in a chat is older than its first message.
-    let cut = older || rows.last().is_some_and(|oldest| oldest.ordinal > 1);
-    let mut history: Vec<_> = rows.iter().rev().map(MessageRow::to_pb).collect::<Result<_>>()?;
-    if cut {
-        // Nothing begins in the middle of a turn.
-        let start = history.iter().position(|message| message.role() == pb::Role::User).unwrap_or_default();
-        history.drain(..start);
-    }
-    Ok((history, cut))
 }
 
 /// What would be a mistake of the caller, and would leave rows that do not fit together.

@@ -1,6 +1,9 @@
 //! Sending calls. A dispatch's generation is durable before it leaves, so that whatever happens next is known for what it
 //! is: once any generation was sent, only the daemon's journal says how the call ended.
 
+use std::collections::HashMap;
+
+use reliant_telemetry::TraceContext;
 use reliant_types::{
     ChatId, Code, DaemonId, Failure, ToolCallId, TurnId, UserId,
     pb::{self, chat_event::Kind},
@@ -22,15 +25,17 @@ const WAITING_FOR_MAX_BYTES: usize = 500;
 impl Store {
     /// Makes the next dispatch of these calls of one chat durable, all in one transaction: each would else wait for the
     /// chat's row, one behind the other. A call that is not to be sent now (it ended, waits for a person, or its daemon is
-    /// away or without room) has no order, and the turn's next step says what is.
+    /// away or without room) has no order, and the turn's next step says what is. `traces`: the contexts with which the
+    /// calls leave, in the order of `calls`; a later dispatch links to them.
     pub async fn prepare_dispatches(
         &self,
         chat: ChatId,
         calls: &[ToolCallId],
+        traces: &[TraceContext],
     ) -> Result<Committed<Vec<DispatchOrder>>> {
         self.run("prepare_dispatches", async || {
             let mut tx = ChatTx::open(self, Key::Chat(chat)).await?.ok_or(StoreError::not_found("chat"))?;
-            let orders = prepare(&mut tx, calls).await?;
+            let orders = prepare(&mut tx, calls, traces).await?;
             tx.commit(orders).await
         })
         .await
@@ -149,7 +154,7 @@ async fn end(tx: &mut ChatTx, call: ToolCallId, ending: Ending) -> Result<()> {
 /// To whom calls go: the daemon, its journal, and the root.
 type Target = (Uuid, Uuid, String);
 
-async fn prepare(tx: &mut ChatTx, calls: &[ToolCallId]) -> Result<Vec<DispatchOrder>> {
+async fn prepare(tx: &mut ChatTx, calls: &[ToolCallId], traces: &[TraceContext]) -> Result<Vec<DispatchOrder>> {
     let ids: Vec<Uuid> = calls.iter().map(|call| call.0).collect();
     let rows = calls!(
         SELECT "WHERE c.id = ANY($1) AND c.chat_id = $2 AND c.ended_at IS NULL ORDER BY t.ordinal, c.iteration, c.index",
@@ -176,7 +181,7 @@ async fn prepare(tx: &mut ChatTx, calls: &[ToolCallId]) -> Result<Vec<DispatchOr
     .await?;
     let (mut waiting, mut settled) = (Vec::new(), Vec::new());
     // Nearly always one target; the calls of a chat that changed its daemon may have two.
-    let mut sending: Vec<(Target, Vec<Uuid>)> = Vec::new();
+    let mut sending: Vec<(Target, Vec<Uuid>, Vec<String>)> = Vec::new();
     for row in &rows {
         let sent = row.sent > 0;
         let Some(daemon) = daemons.iter().find(|daemon| Some(daemon.id) == chosen(row)) else {
@@ -202,9 +207,15 @@ async fn prepare(tx: &mut ChatTx, calls: &[ToolCallId]) -> Result<Vec<DispatchOr
             }
         };
         let target = (daemon.id, journal, clean(&root));
-        match sending.iter_mut().find(|(known, _)| *known == target) {
-            Some((_, ids)) => ids.push(row.id),
-            None => sending.push((target, vec![row.id])),
+        let place = calls.iter().position(|call| call.0 == row.id);
+        let trace =
+            place.and_then(|place| traces.get(place)).map(|trace| trace.traceparent.clone()).unwrap_or_default();
+        match sending.iter_mut().find(|(known, ..)| *known == target) {
+            Some((_, ids, traces)) => {
+                ids.push(row.id);
+                traces.push(trace);
+            }
+            None => sending.push((target, vec![row.id], vec![trace])),
         }
     }
     for (call, settlement) in settled {
@@ -220,9 +231,13 @@ async fn prepare(tx: &mut ChatTx, calls: &[ToolCallId]) -> Result<Vec<DispatchOr
         .await?;
         log(tx, rows);
     }
+    let mut replaced = sent_before(tx, &rows).await?;
     let mut orders = Vec::new();
-    for (target, ids) in sending {
-        orders.extend(send(tx, target, &ids).await?);
+    for (target, ids, traces) in sending {
+        orders.extend(send(tx, target, &ids, &traces).await?);
+    }
+    for order in &mut orders {
+        order.replaces = replaced.remove(&order.call.call_id).unwrap_or_default();
     }
     Ok(orders)
 }
@@ -236,11 +251,24 @@ fn log(tx: &mut ChatTx, mut rows: Vec<CallRow>) -> Vec<CallRow> {
     rows
 }
 
-async fn send(tx: &mut ChatTx, target: Target, ids: &[Uuid]) -> Result<Vec<DispatchOrder>> {
+/// The spans with which calls left before; hardly ever there are any.
+async fn sent_before(tx: &mut ChatTx, rows: &[CallRow]) -> Result<HashMap<String, TraceContext>> {
+    let again: Vec<Uuid> = rows.iter().filter(|row| row.generation > 0).map(|row| row.id).collect();
+    if again.is_empty() {
+        return Ok(HashMap::new());
+    }
+    let rows = sqlx::query!("SELECT id, dispatch_trace FROM tool_calls WHERE id = ANY($1)", &again)
+        .fetch_all(tx.conn())
+        .await?;
+    let trace = |text: &str| TraceContext::from_traceparent(text);
+    Ok(rows.iter().map(|row| (row.id.to_string(), trace(&row.dispatch_trace))).collect())
+}
+
+async fn send(tx: &mut ChatTx, target: Target, ids: &[Uuid], traces: &[String]) -> Result<Vec<DispatchOrder>> {
     let (now, (daemon, journal, root)) = (tx.now, target);
     let rows = calls!(
         UPDATE "generation = generation + 1, sent = sent + 1, daemon_id = $2, incarnation = $3, root_id = $4, dispatched_at = $5,
-                not_before = NULL, waiting_for = '',
+                not_before = NULL, waiting_for = '', dispatch_trace = COALESCE(($6::text[])[array_position($1, c.id)], ''),
                 status = CASE WHEN c.status = 'running' THEN c.status ELSE 'dispatched' END"
         WHERE "c.id = ANY($1)",
         ids,
@@ -248,6 +276,7 @@ async fn send(tx: &mut ChatTx, target: Target, ids: &[Uuid]) -> Result<Vec<Dispa
         journal,
         root,
         now,
+        traces,
     )
     .fetch_all(tx.conn())
     .await?;
@@ -272,6 +301,7 @@ async fn send(tx: &mut ChatTx, target: Target, ids: &[Uuid]) -> Result<Vec<Dispa
         user: UserId(tx.chat.user_id),
         turn: TurnId(row.turn_id),
         traceparent: row.traceparent,
+        replaces: TraceContext::default(),
     };
     Ok(rows.into_iter().map(order).collect())
 }

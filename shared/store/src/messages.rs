@@ -156,7 +156,7 @@ impl Store {
         Ok(sqlx::query_as!(
             MessageRow,
             r#"SELECT m.id, m.chat_id, m.turn_id, m.ordinal, m.role, m.iteration, m.model, m.usage, m.stop_reason,
-                      m.client_message_id, m.created_at,
+                      m.client_message_id, m.created_at, m.turn_ordinal, m.bytes,
                       ARRAY(SELECT b.data FROM content_blocks b WHERE b.message_id = m.id ORDER BY b.position) AS blocks
                FROM messages m WHERE m.id = ANY($1) ORDER BY m.ordinal"#,
             ids,

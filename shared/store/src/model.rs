@@ -218,10 +218,11 @@ pub struct Attempt {
     pub daemon: Option<DaemonTools>,
     /// The root of the daemon that is chosen; empty where it offers none.
     pub root_id: String,
-    /// Messages of this turn and those before it, oldest first, without notices.
-    pub history: Vec<pb::Message>,
-    /// Older messages exist that were not read.
-    pub history_cut: bool,
+    /// The turn's place in the chat.
+    pub ordinal: i32,
+    /// Of the chat's newest message at the claim. What the turn's model reads was there by then, and nothing is added to it
+    /// while the fence holds; see [`crate::Store::history`].
+    pub last_ordinal: i32,
     pub deadline: DateTime<Utc>,
 }
 
@@ -345,6 +346,8 @@ pub struct DispatchOrder {
     pub user: UserId,
     pub turn: TurnId,
     pub traceparent: String,
+    /// The span with which the generation before this one left.
+    pub replaces: reliant_telemetry::TraceContext,
 }
 
 /// A running process of a role, as it says of itself.

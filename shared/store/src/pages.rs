@@ -6,26 +6,26 @@ use uuid::Uuid;
 
 use crate::{Result, rows::MessageRow};
 
-/// The newest messages of `chat` that fit, newest first. `$before` 0: all, else those below this place in the chat;
-/// `$turn` 0: all, else those of turns up to this one.
+/// The newest messages of `chat` that fit, newest first, between two places in the chat and of turns up to `$turn`.
 macro_rules! newest_messages {
-    ($order:tt, $chat:expr, $before:expr, $turn:expr, $notices:expr, $count:expr, $bytes:expr) => {
+    ($order:tt, $chat:expr, $after:expr, $before:expr, $turn:expr, $notices:expr, $count:expr, $bytes:expr) => {
         sqlx::query_as!(
             crate::rows::MessageRow,
             r#"SELECT f.id, f.chat_id, f.turn_id, f.ordinal, f.role, f.iteration, f.model, f.usage, f.stop_reason,
-                      f.client_message_id, f.created_at,
+                      f.client_message_id, f.created_at, f.turn_ordinal, f.bytes,
                       ARRAY(SELECT b.data FROM content_blocks b WHERE b.message_id = f.id ORDER BY b.position) AS blocks
                FROM (
                    SELECT m.*, row_number() OVER w AS place, sum(m.bytes) OVER w AS total
                    FROM (
                        SELECT * FROM messages
-                       WHERE chat_id = $1 AND ($2 = 0 OR ordinal < $2) AND ($3 = 0 OR turn_ordinal <= $3)
-                         AND ($4 OR role <> 'notice')
-                       ORDER BY "# + $order + r#" LIMIT $5
+                       WHERE chat_id = $1 AND ordinal > $2 AND ordinal < $3 AND turn_ordinal <= $4
+                         AND ($5 OR role <> 'notice')
+                       ORDER BY "# + $order + r#" LIMIT $6
                    ) m WINDOW w AS (ORDER BY "# + $order + r#")
                ) f
-               WHERE f.place = 1 OR f.total <= $6 ORDER BY f.place"#,
+               WHERE f.place = 1 OR f.total <= $7 ORDER BY f.place"#,
             $chat,
+            $after,
             $before,
             $turn,
             $notices,
@@ -35,7 +35,7 @@ macro_rules! newest_messages {
     };
 }
 
-/// As people read a chat: in the order of arrival.
+/// As people read a chat: in the order of arrival. `before` 0: from the newest.
 pub(crate) async fn newest_for_people(
     db: impl sqlx::PgExecutor<'_>,
     chat: Uuid,
@@ -43,10 +43,22 @@ pub(crate) async fn newest_for_people(
     count: i64,
     bytes: usize,
 ) -> Result<Vec<MessageRow>> {
-    Ok(newest_messages!("ordinal DESC", chat, before, 0, true, count, bytes).fetch_all(db).await?)
+    let before = if before == 0 { i32::MAX } else { before };
+    Ok(newest_messages!("ordinal DESC", chat, 0, before, i32::MAX, true, count, bytes).fetch_all(db).await?)
 }
 
-/// As the model of a turn reads it: in the order of turns, and without notices.
+/// What has come behind a place in the chat.
+pub(crate) async fn newest_since(
+    db: impl sqlx::PgExecutor<'_>,
+    chat: Uuid,
+    after: i32,
+    count: i64,
+    bytes: usize,
+) -> Result<Vec<MessageRow>> {
+    Ok(newest_messages!("ordinal DESC", chat, after, i32::MAX, i32::MAX, true, count, bytes).fetch_all(db).await?)
+}
+
+/// As the model of a turn reads it: in the order of turns up to that one, and without notices.
 pub(crate) async fn newest_for_model(
     db: impl sqlx::PgExecutor<'_>,
     chat: Uuid,
@@ -54,7 +66,8 @@ pub(crate) async fn newest_for_model(
     count: i64,
     bytes: usize,
 ) -> Result<Vec<MessageRow>> {
-    Ok(newest_messages!("turn_ordinal DESC, ordinal DESC", chat, 0, turn, false, count, bytes).fetch_all(db).await?)
+    let order = newest_messages!("turn_ordinal DESC, ordinal DESC", chat, 0, i32::MAX, turn, false, count, bytes);
+    Ok(order.fetch_all(db).await?)
 }
 
 /// Shortens a text to its head and tail, which are what a reader of output looks at. At most `max` bytes come out.

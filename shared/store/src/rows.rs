@@ -338,6 +338,9 @@ pub(crate) struct MessageRow {
     pub stop_reason: String,
     pub client_message_id: Option<String>,
     pub created_at: DateTime<Utc>,
+    pub turn_ordinal: i32,
+    /// Of the content.
+    pub bytes: i32,
     /// Encoded content blocks, in order.
     pub blocks: Option<Vec<Vec<u8>>>,
 }

@@ -98,13 +98,13 @@ async fn selecting_a_daemon_wakes_what_waits_for_one() {
     let world = World::new().await;
     let (turn, calls) = world.asked(vec![call(0, "shell")]).await;
     world.daemon_goes().await;
-    let _ = world.store().prepare_dispatches(world.chat, &calls).await.unwrap();
+    let _ = world.store().prepare_dispatches(world.chat, &calls, &[]).await.unwrap();
     let (other, _) = world.store().register_daemon(world.user, "desktop", false).await.unwrap();
     let _ = world.store().connect_daemon(hello(world.user, other, world.gateway, Incarnation::new(), 0)).await.unwrap();
     let chosen = world.store().select_daemon(world.user, world.chat, other, "").await.unwrap();
     assert!(chosen.wake.is_some());
     assert_eq!(world.step().await, Step::Dispatch { turn, calls: calls.clone() });
-    let order = world.store().prepare_dispatches(world.chat, &calls).await.unwrap().value.remove(0);
+    let order = world.store().prepare_dispatches(world.chat, &calls, &[]).await.unwrap().value.remove(0);
     assert_eq!((order.daemon, order.call.root_id.as_str()), (other, "r1"));
 }
 

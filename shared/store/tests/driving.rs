@@ -18,7 +18,7 @@ async fn a_plain_turn_runs_to_its_end() {
     assert_eq!((attempt.fence, attempt.restarted, attempt.root_id.as_str()), (1, false, "r1"));
     assert_eq!(attempt.traceparent, TRACE);
     assert_eq!(attempt.daemon.as_ref().unwrap().tools[0].name, "shell");
-    assert_eq!(attempt.history.iter().map(text).collect::<Vec<_>>(), ["text of a"]);
+    assert_eq!(world.read(&attempt).await, ["text of a"]);
     let committed = world.store().commit_message(answer(&attempt, "hello\0", vec![])).await.unwrap();
     assert_eq!(committed.value, CommitOutcome::Committed { turn_ended: true });
     assert_eq!(world.step().await, Step::Idle);
@@ -53,7 +53,7 @@ async fn a_tool_turn_goes_its_way() {
     assert!(last.wake.is_some());
     assert_eq!(world.step().await, Step::CallModel { turn, iteration: 1 });
     let attempt = world.claim(turn, 1).await;
-    let history: Vec<_> = attempt.history.iter().map(text).collect();
+    let history = world.read(&attempt).await;
     assert_eq!(history[1..], ["on it[shell][glob]", "<one\u{fffd}\n><two>"]);
     let committed = world.store().commit_message(answer(&attempt, "done", vec![])).await.unwrap();
     assert_eq!(committed.value, CommitOutcome::Committed { turn_ended: true });
@@ -100,7 +100,7 @@ async fn a_message_sent_meanwhile_is_the_next_turn() {
     let _ = world.store().commit_message(answer(&attempt, "answer a", vec![])).await.unwrap();
     assert_eq!(world.step().await, Step::CallModel { turn: second, iteration: 0 });
     let attempt = world.claim(second, 0).await;
-    let history: Vec<_> = attempt.history.iter().map(text).collect();
+    let history = world.read(&attempt).await;
     assert_eq!(history, ["text of a", "answer a", "text of b"], "in the order of turns, not of their arrival");
 }
 
@@ -115,7 +115,7 @@ async fn the_history_of_a_turn_knows_nothing_of_later_ones_and_no_notices() {
         let _ = world.store().add_notice(turn, attempt.fence, Notice::OfTurn, text).await.unwrap();
     }
     let attempt = world.claim(turn, 0).await;
-    assert_eq!(attempt.history.iter().map(text).collect::<Vec<_>>(), ["text of a"]);
+    assert_eq!(world.read(&attempt).await, ["text of a"]);
     assert_eq!(notices(&world).await, ["history was shortened"], "once per turn");
 }
 
@@ -163,10 +163,43 @@ async fn a_long_history_begins_with_a_persons_message() {
     .unwrap();
     let turn = world.turn("last").await;
     let attempt = world.claim(turn, 0).await;
-    assert!(attempt.history_cut);
-    assert!(attempt.history.len() as i64 <= limits::HISTORY_MESSAGES_MAX && attempt.history.len() > 990);
-    assert_eq!(attempt.history[0].role(), pb::Role::User);
-    assert_eq!(text(attempt.history.last().unwrap()), "text of last");
+    let History { messages, cut } = world.history(&attempt).await;
+    assert!(
+        cut && messages.len() as i64 <= limits::HISTORY_MESSAGES_MAX && messages.len() >= 750,
+        "{}",
+        messages.len()
+    );
+    assert_eq!(messages[0].role(), pb::Role::User);
+    assert_eq!(text(messages.last().unwrap()), "text of last");
+}
+
+#[tokio::test]
+async fn a_chat_that_other_workers_went_on_with_is_read_on() {
+    let world = World::new().await;
+    // So many are queued that they alone are more than one call reads.
+    let large = "x".repeat(limits::MESSAGE_TEXT_MAX_BYTES);
+    let mut turns = Vec::new();
+    for n in 0..6 {
+        turns.push(world.turn(&n.to_string()).await);
+    }
+    for n in 6..16 {
+        let new = SendMessage { text: large.clone(), ..message(world.user, world.chat, &n.to_string()) };
+        turns.push(world.store().send_message(&new).await.unwrap().value.turn.id.parse().unwrap());
+    }
+    for (n, turn) in turns.iter().enumerate() {
+        // Every third turn is another worker's, of which this one hears only by reading.
+        let attempt = if n % 3 == 2 { world.claim_unread(*turn, 0).await } else { world.claim(*turn, 0).await };
+        let told = world.store().add_notice(*turn, attempt.fence, Notice::OfTurn, "said to the person").await.unwrap();
+        assert_eq!(told.events.len(), 1);
+        let history = world.history(&attempt).await;
+        assert!(history.messages.iter().all(|message| message.role() != pb::Role::Notice));
+        assert_eq!(history.cut, n >= 5 + limits::HISTORY_MAX_BYTES / limits::MESSAGE_TEXT_MAX_BYTES, "turn {n}");
+        let _ = world.store().commit_message(answer(&attempt, &format!("answer {n}"), vec![])).await.unwrap();
+    }
+    let after = world.turn("after").await;
+    let attempt = world.claim(after, 0).await;
+    let texts = world.read(&attempt).await;
+    assert_eq!(texts[texts.len() - 2..], ["answer 15", "text of after"]);
 }
 
 #[tokio::test]
@@ -178,7 +211,7 @@ async fn calls_that_never_run_are_answered_at_once() {
     assert_eq!(world.call_status(turn).await, pb::ToolCallStatus::Failed);
     assert_eq!(world.step().await, Step::CallModel { turn, iteration: 1 });
     let attempt = world.claim(turn, 1).await;
-    assert_eq!(text(attempt.history.last().unwrap()), "<there is no tool 'fly'>");
+    assert_eq!(world.read(&attempt).await.last().unwrap(), "<there is no tool 'fly'>");
     assert_eq!(world.calls(turn).await[0].error_code, "TOOL_UNKNOWN");
 }
 

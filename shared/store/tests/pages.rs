@@ -89,10 +89,11 @@ async fn pages_and_snapshots_are_cut_by_bytes() {
     // What a model reads is bounded too, and begins with a person's message.
     let turn = world.turn("next").await;
     let attempt = world.claim(turn, 0).await;
-    let bytes: usize = attempt.history.iter().map(prost::Message::encoded_len).sum();
-    assert!(attempt.history_cut && bytes < limits::HISTORY_MAX_BYTES + 10_000, "{bytes}");
-    assert_eq!(attempt.history[0].role(), pb::Role::User);
-    assert_eq!(text(attempt.history.last().unwrap()), "text of next");
+    let History { messages, cut } = world.history(&attempt).await;
+    let bytes: usize = messages.iter().map(|message| message.encoded_len()).sum();
+    assert!(cut && bytes < limits::HISTORY_MAX_BYTES + 10_000, "{bytes}");
+    assert_eq!(messages[0].role(), pb::Role::User);
+    assert_eq!(text(messages.last().unwrap()), "text of next");
 }
 
 #[tokio::test]
@@ -130,7 +131,7 @@ async fn the_largest_message_a_model_may_write_fits_everywhere() {
         let _ = world.store().decide_approval(world.user, id.parse().unwrap(), true, scope).await.unwrap();
     }
     let ids: Vec<ToolCallId> = world.all_calls(turn).await.iter().map(|call| call.id.parse().unwrap()).collect();
-    let orders = world.store().prepare_dispatches(world.chat, &ids).await.unwrap().value;
+    let orders = world.store().prepare_dispatches(world.chat, &ids, &[]).await.unwrap().value;
     let result = "r".repeat(limits::TOOL_RESULT_MAX_BYTES);
     let mut last = None;
     for order in &orders {
@@ -146,7 +147,7 @@ async fn the_largest_message_a_model_may_write_fits_everywhere() {
     let calls = world.all_calls(turn).await;
     assert!(calls.iter().all(|call| call.result.len() == result.len()));
     let attempt = world.claim(turn, 1).await;
-    let results = attempt.history.last().unwrap();
+    let results = world.history(&attempt).await.messages.pop().unwrap();
     assert_eq!((results.role(), results.blocks.len()), (pb::Role::Tool, count));
     assert!(results.encoded_len() <= limits::ROUND_RESULTS_MAX_BYTES + count * 100, "{}", results.encoded_len());
 }

@@ -4,6 +4,7 @@
 mod support;
 
 use reliant_store::*;
+use reliant_telemetry::TraceContext;
 use reliant_types::{pb::ToolCallStatus as Status, *};
 use support::*;
 
@@ -127,7 +128,7 @@ async fn a_call_that_finds_no_room_is_sent_again_and_says_what_it_waits_for() {
         assert_eq!(kinds(&refused.events), ["call PENDING"]);
         let row = &world.calls(turn).await[0];
         assert_eq!((row.waiting_for.as_str(), row.error_code.as_str()), ("256 calls run on this daemon", ""));
-        assert!(world.store().prepare_dispatches(world.chat, &calls).await.unwrap().value.is_empty(), "not yet");
+        assert!(world.store().prepare_dispatches(world.chat, &calls, &[]).await.unwrap().value.is_empty(), "not yet");
         let step = world.step().await;
         assert!(matches!(step, Step::Wait { for_ms: Some(1..=1500), .. }), "{step:?}");
         assert_eq!(world.turn_status(turn).await, pb::TurnStatus::Running, "its clock runs");
@@ -171,7 +172,10 @@ async fn all_calls_of_a_round_are_sent_by_one_transaction() {
     let (turn, calls) = world.asked((0..8).map(|index| call(index, "shell")).collect()).await;
     let mut shuffled = calls.clone();
     shuffled.reverse();
-    let prepared = world.store().prepare_dispatches(world.chat, &shuffled).await.unwrap();
+    let trace = |n: usize| TraceContext::from_traceparent(&format!("00-{:032x}-{:016x}-01", 7, n + 1));
+    let traces: Vec<_> = (0..8).rev().map(trace).collect();
+    let prepared = world.store().prepare_dispatches(world.chat, &shuffled, &traces).await.unwrap();
+    assert!(prepared.value.iter().all(|order| order.replaces.is_empty()));
     let sent: Vec<ToolCallId> = prepared.value.iter().map(|order| order.call.call_id.parse().unwrap()).collect();
     assert_eq!(sent, calls, "in the order of the message");
     assert_eq!(kinds(&prepared.events), vec!["call DISPATCHED"; 8]);
@@ -181,9 +185,11 @@ async fn all_calls_of_a_round_are_sent_by_one_transaction() {
     // Those that may not be sent do not hold up the others.
     let ended = world.result(calls[3], 1, "ok");
     assert_eq!(world.ack(&ended).await, pb::AckOutcome::Committed);
-    let again = world.store().prepare_dispatches(world.chat, &calls).await.unwrap().value;
+    let again = world.store().prepare_dispatches(world.chat, &calls, &[]).await.unwrap().value;
     assert_eq!(again.len(), 7);
     assert!(again.iter().all(|order| order.call.generation == 2 && order.turn == turn));
+    let replaced: Vec<_> = again.iter().map(|order| order.replaces.clone()).collect();
+    assert_eq!(replaced, [0, 1, 2, 4, 5, 6, 7].map(trace), "each stands beside its own first dispatch");
     world.log().await;
 }
 
@@ -207,7 +213,7 @@ async fn a_call_waits_for_an_away_daemon() {
     let mut world = World::new().await;
     let (turn, calls) = world.asked(vec![call(0, "shell")]).await;
     world.daemon_goes().await;
-    let none = world.store().prepare_dispatches(world.chat, &calls).await.unwrap();
+    let none = world.store().prepare_dispatches(world.chat, &calls, &[]).await.unwrap();
     assert!(none.value.is_empty());
     assert_eq!(kinds(&none.events), ["call WAITING_DAEMON"]);
     assert!(matches!(world.step().await, Step::Wait { for_ms: None, .. }));
@@ -248,7 +254,7 @@ async fn a_lost_journal_makes_sent_calls_unknown_or_repeats_them() {
     assert_eq!(generation, 2, "generations only grow");
     assert_eq!(world.ack(&world.result(calls[1], generation, "files")).await, pb::AckOutcome::Committed);
     let attempt = world.claim(turn, 1).await;
-    let results = text(attempt.history.last().unwrap());
+    let results = world.read(&attempt).await.pop().unwrap();
     assert!(results.starts_with("<Outcome unknown: the call was sent, and the daemon's journal was lost"), "{results}");
     assert!(results.ends_with("<files>"), "{results}");
 }
@@ -315,7 +321,7 @@ async fn approving_for_the_session_lets_the_tool_through() {
     let (turn, calls) = world.asked(vec![asking(0, "shell"), asking(1, "write_file"), asking(2, "shell")]).await;
     assert!(matches!(world.step().await, Step::Wait { for_ms: None, .. }));
     assert!(
-        world.store().prepare_dispatches(world.chat, &calls).await.unwrap().value.is_empty(),
+        world.store().prepare_dispatches(world.chat, &calls, &[]).await.unwrap().value.is_empty(),
         "not without the approval"
     );
     let approvals = world.approvals().await;
@@ -347,11 +353,11 @@ async fn a_cancelled_turn_ends_at_once_and_its_calls_settle_behind_it() {
     // A decision after the cancel changes nothing.
     let decided = world.store().decide_approval(world.user, approval, true, pb::ApprovalScope::Once).await.unwrap();
     assert_eq!(decided.value.status(), pb::ApprovalStatus::Cancelled);
-    assert!(world.store().prepare_dispatches(world.chat, &calls).await.unwrap().value.is_empty());
+    assert!(world.store().prepare_dispatches(world.chat, &calls, &[]).await.unwrap().value.is_empty());
     // The next turn goes, with a history in which each call has a result.
     assert_eq!(world.step().await, Step::CallModel { turn: next, iteration: 0 });
     let attempt = world.claim(next, 0).await;
-    let last: Vec<_> = attempt.history.iter().map(text).collect();
+    let last = world.read(&attempt).await;
     assert!(last[2].starts_with("<The turn ended while this call ran."), "{last:?}");
     // The daemon reports; the call settles, the turn stays as it is.
     let stopped = pb::ToolResult { status: Status::Cancelled as i32, ..world.result(calls[0], generation, "half") };

@@ -78,6 +78,8 @@ pub struct World {
     pub gateway: InstanceId,
     pub worker: InstanceId,
     pub lease: Lease,
+    /// What the worker has read of the chat.
+    known: tokio::sync::Mutex<Option<Transcript>>,
 }
 
 impl World {
@@ -89,7 +91,7 @@ impl World {
         let chat = db.store.create_chat(&new_chat(user, Some(daemon))).await.unwrap().value;
         let lease = db.store.connect_daemon(hello(user, daemon, gateway, journal, 0)).await.unwrap().value;
         let chat = chat.id.parse().unwrap();
-        Self { db, user, chat, daemon, journal, gateway, worker: InstanceId::new(), lease }
+        Self { db, user, chat, daemon, journal, gateway, worker: InstanceId::new(), lease, known: Default::default() }
     }
 
     pub fn store(&self) -> &Store {
@@ -110,10 +112,31 @@ impl World {
     }
 
     pub async fn claim(&self, turn: TurnId, iteration: i32) -> Attempt {
+        let attempt = self.claim_unread(turn, iteration).await;
+        self.history(&attempt).await;
+        attempt
+    }
+
+    pub async fn claim_unread(&self, turn: TurnId, iteration: i32) -> Attempt {
         match self.store().claim_attempt(turn, iteration, self.worker, &Default::default()).await.unwrap().value {
             Claim::Claimed(attempt) => *attempt,
             other => panic!("the round could not be claimed: {other:?}"),
         }
+    }
+
+    /// What the attempt's model reads, which is the same with what was read before and without it.
+    pub async fn history(&self, attempt: &Attempt) -> History {
+        let mut known = self.known.lock().await;
+        let (history, _) = self.store().history(attempt, None).await.unwrap();
+        let (grown, kept) = self.store().history(attempt, known.take()).await.unwrap();
+        assert_eq!(history, grown);
+        *known = kept;
+        history
+    }
+
+    /// The same as texts.
+    pub async fn read(&self, attempt: &Attempt) -> Vec<String> {
+        self.history(attempt).await.messages.iter().map(|message| text(message)).collect()
     }
 
     /// A message sent, the model asking for these calls; their ids.
@@ -133,7 +156,7 @@ impl World {
     }
 
     pub async fn dispatch(&self, call: ToolCallId) -> i64 {
-        let orders = self.store().prepare_dispatches(self.chat, &[call]).await.unwrap().value;
+        let orders = self.store().prepare_dispatches(self.chat, &[call], &[]).await.unwrap().value;
         let [order] = &orders[..] else { panic!("the call was to be sent: {orders:?}") };
         assert_eq!(order.daemon, self.daemon);
         order.call.generation

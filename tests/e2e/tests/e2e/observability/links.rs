@@ -4,12 +4,14 @@
 use std::time::Duration;
 
 use anyhow::Result;
-use reliant_harness::{DaemonOptions, RigOptions};
+use reliant_harness::{DaemonOptions, RigOptions, eventually};
 use reliant_observe::{Span, tree};
+use reliant_telemetry::names::attr;
 use reliant_types::pb;
 use serde_json::json;
 
 use super::{
+    bad_input::metrics,
     checked,
     faults::{RESTART, call_running, turn_of},
     named, succeeded, traced,
@@ -72,5 +74,38 @@ async fn a_result_that_is_offered_again_links_to_its_first_offer() -> Result<()>
     let spans = checked(sink, "offered again", &ended).await?;
     let offers: Vec<_> = named(&spans, "request").into_iter().filter(|span| span.name.contains(".result.")).collect();
     each_links_to_the_one_before(&spans, &offers);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_that_is_sent_again_links_to_its_first_dispatch() -> Result<()> {
+    let (rig, sink) = traced(RigOptions::default()).await?;
+    let ada = rig.person("ada").await?;
+    let daemon = rig.daemon(&ada, "laptop", DaemonOptions::default()).await?;
+    let mut chat = session(&ada, MODEL, pb::ChatMode::Auto).await?;
+    // A laptop that stands still answers nothing, and its stream is still there. Then it goes on, and runs the call while
+    // the worker, which does not know, sends it again.
+    daemon.process.pause();
+    let turn = turn_of(&chat.send(&one_call("shell", json!({ "command": "sleep 6" }))).await?);
+    eventually("a dispatch that nobody answered", PATIENCE, || async {
+        let metrics = metrics(&rig).await?;
+        Ok(metrics.contains("reliant_tool_dispatch_total{outcome=\"timeout\"} 1").then_some(()))
+    })
+    .await?;
+    daemon.process.resume();
+    let ended = chat.wait_turn(turn, PATIENCE).await?;
+    assert_eq!(ended.status(), pb::TurnStatus::Succeeded, "{ended:?}");
+    let spans = checked(sink, "sent again", &ended).await?;
+    each_links_to_the_one_before(&spans, &named(&spans, "tool.dispatch"));
+    assert_eq!(named(&spans, "execute_tool").len(), 1, "{}", tree::text(&spans));
+    // Of those that the daemon got, each later one links to the one that its journal knew first.
+    let mut taken = named(&spans, "tunnel.receive");
+    taken.retain(|span| span.attributes.get(attr::FRAME).is_some_and(|frame| frame == "dispatch"));
+    taken.sort_by_key(|span| span.start_ns);
+    assert!(taken.len() >= 2, "{}", tree::text(&spans));
+    for again in &taken[1..] {
+        let linked = again.links.iter().any(|link| link.span_id == taken[0].span_id);
+        assert!(linked, "a dispatch that came again stands for itself\n{}", tree::text(&spans));
+    }
     Ok(())
 }
