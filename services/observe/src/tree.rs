@@ -59,7 +59,9 @@ pub fn phases(spans: &[Span]) -> Vec<(&'static str, f64)> {
     for span in spans {
         for phase in Phase::ALL {
             if let Some(seconds) = span.attributes.get(attr::phase(*phase)).and_then(serde_json::Value::as_f64) {
-                *sums.entry(phase.as_str()).or_default() += seconds;
+                let sum = sums.entry(phase.as_str()).or_default();
+                // Replicas give a turn's end to their viewers side by side; all other phases follow one another.
+                *sum = if *phase == Phase::Fanout { seconds.max(*sum) } else { seconds + *sum };
             }
         }
     }

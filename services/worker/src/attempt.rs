@@ -306,13 +306,14 @@ fn measure(attempt: &Attempt, times: &Times, committed: &Committed<CommitOutcome
         // The stamp is of the transaction's begin. Only after the last one nothing else runs meanwhile.
         persist += commit;
     }
-    let Lead { held, enqueue, pickup, approval_wait, tool_route, tool_run, tool_return } = attempt.lead;
+    let Lead { held, enqueue, pickup, retry, approval_wait, tool_route, tool_run, tool_return } = attempt.lead;
     let first = attempt.iteration == 0;
     let span = tracing::Span::current();
     for (phase, time, counts) in [
         (Phase::Held, held, !held.is_zero()),
         (Phase::Enqueue, enqueue, first),
         (Phase::Pickup, pickup, true),
+        (Phase::Retry, retry, !retry.is_zero()),
         (Phase::ApprovalWait, approval_wait, !approval_wait.is_zero()),
         (Phase::ToolRoute, tool_route, !first),
         (Phase::ToolRun, tool_run, !first),

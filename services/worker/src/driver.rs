@@ -13,7 +13,7 @@ use reliant_telemetry::{
     metrics::{self, TURN_STEP},
 };
 use reliant_types::ChatId;
-use tracing::Instrument;
+use tracing::{Instrument, field::Empty};
 
 use crate::{
     dispatch,
@@ -41,9 +41,20 @@ impl Driver for EngineDriver {
         trace: TraceContext,
     ) -> Result<ModelOutcome, DriverError> {
         let timer = metrics::guard(&TURN_STEP, &["call_model"]);
-        let next = model_call::call_model(&self.0, order, &heart, &trace).await;
+        let span = tracing::info_span!(
+            "turn.call_model",
+            chat.id = %order.chat,
+            turn.id = %order.turn,
+            activity.attempt = order.attempt,
+            otel.status_code = Empty,
+        );
+        trace.set_parent(&span);
+        let next = model_call::call_model(&self.0, order, &heart, &trace).instrument(span.clone()).await;
         timer.done(outcome(&next));
-        Ok(ModelOutcome { next: Some(said("call_model", next)?) })
+        if next.is_err() {
+            span.record("otel.status_code", "ERROR");
+        }
+        Ok(ModelOutcome { next: Some(span.in_scope(|| said("call_model", next))?) })
     }
 
     async fn dispatch(&self, order: DispatchOrder, trace: TraceContext) -> Result<Step, DriverError> {

@@ -208,12 +208,8 @@ fn measure(event: &pb::ChatEvent) {
     let turn = match &event.kind {
         Some(pb::chat_event::Kind::TurnChanged(turn)) => turn,
         Some(pb::chat_event::Kind::ToolCallChanged(changed)) => {
-            let unknown = changed.tool_call.as_ref().map_or(pb::UnknownCause::Unspecified, pb::ToolCall::unknown_cause);
-            match unknown {
-                pb::UnknownCause::Unspecified => {}
-                pb::UnknownCause::ProcessDied => metrics::TOOL_UNKNOWN.with_label_values(&["process_died"]).inc(),
-                pb::UnknownCause::JournalLost => metrics::TOOL_UNKNOWN.with_label_values(&["journal_lost"]).inc(),
-                pb::UnknownCause::DaemonAway => metrics::TOOL_UNKNOWN.with_label_values(&["daemon_away"]).inc(),
+            if let Some(call) = changed.tool_call.as_ref().filter(|call| call.ended_at.is_some()) {
+                measure_call(call);
             }
             return;
         }
@@ -231,6 +227,20 @@ fn measure(event: &pb::ChatEvent) {
     if let Some(time) = between(turn.created_at.as_ref(), turn.ended_at.as_ref()) {
         metrics::TURN_DURATION.with_label_values(&[status]).observe(time.as_secs_f64());
     }
+}
+
+/// A call that ended: how long it ran, as far as is known.
+fn measure_call(call: &pb::ToolCall) {
+    let unknown = |cause| metrics::TOOL_UNKNOWN.with_label_values(&[cause]).inc();
+    match call.unknown_cause() {
+        pb::UnknownCause::Unspecified => {}
+        pb::UnknownCause::ProcessDied => unknown("process_died"),
+        pb::UnknownCause::JournalLost => unknown("journal_lost"),
+        pb::UnknownCause::DaemonAway => unknown("daemon_away"),
+    }
+    let status = call.status().as_str_name().trim_start_matches("TOOL_CALL_STATUS_").to_ascii_lowercase();
+    let ran = between(call.started_at.as_ref(), call.ended_at.as_ref()).unwrap_or_default();
+    metrics::TOOL_RUN.with_label_values(&[metrics::tool_label(&call.tool), &status]).observe(ran.as_secs_f64());
 }
 
 /// The time between two of the database's stamps.

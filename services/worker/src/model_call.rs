@@ -12,7 +12,7 @@ use reliant_store::{Attempt, Claim, StoreError, model_never_answered};
 use reliant_telemetry::{TraceContext, chain, hop, metrics};
 use reliant_types::{Code, Failure, ToolCallId, TurnId};
 use tokio::time::Instant;
-use tracing::Instrument;
+use tracing::{Instrument, field::Empty};
 
 use crate::{
     attempt::{self, End},
@@ -116,6 +116,8 @@ async fn round(
             turn.iteration = attempt.iteration,
             turn.fence = attempt.fence,
             message.id = %attempt.message,
+            error.type = Empty,
+            otel.status_code = Empty,
         );
         claim.set_parent(&span);
         // An attempt stands beside the one that it replaces.
@@ -164,6 +166,8 @@ async fn round(
             Err(EngineError::Stopped) => return Err(release(engine, turn, fence).await),
             Err(error) => return Err(error),
         };
+        span.record("error.type", failure.code.as_str());
+        span.record("otel.status_code", "ERROR");
         span.in_scope(|| tracing::warn!(error = %chain(&failure), code = %failure.code, "a turn failed"));
         let failed = engine.store.fail_turn(turn, Some(fence), &failure).instrument(span.clone()).await?;
         span.in_scope(|| engine.tell_with(failed, false));

@@ -24,6 +24,8 @@ pub struct Received<T: Topic> {
     pub message: T::Message,
     pub trace: TraceContext,
     reply: Option<async_nats::Subject>,
+    /// Counts the work on the message when it is dropped.
+    _working: prometheus::HistogramTimer,
 }
 
 impl<T: Topic> Subscription<T> {
@@ -65,6 +67,7 @@ impl<T: Topic> Received<T> {
             messaging.operation.name = "process",
             messaging.operation.type = "process",
             messaging.destination.template = T::TEMPLATE,
+            messaging.destination.name = self.topic.subject(),
         );
         self.trace.set_parent(&span);
         span
@@ -94,7 +97,8 @@ fn read<T: Topic>(message: async_nats::Message) -> Result<Received<T>, &'static 
         None => TraceContext::default(),
     };
     let decoded = T::Message::decode(message.payload).map_err(|_| "its payload is not the expected message")?;
-    Ok(Received { topic, message: decoded, trace, reply: message.reply })
+    let working = metrics::BUS_PROCESS.with_label_values(&[T::TEMPLATE]).start_timer();
+    Ok(Received { topic, message: decoded, trace, reply: message.reply, _working: working })
 }
 
 /// Counted each time; logged once per kind of subject, as a sender that is wrong is wrong often.

@@ -8,11 +8,11 @@ use std::{error::Error as _, io, time::Duration};
 
 use reliant_rpc as rpc;
 use reliant_runtime::{Backoff, Retry};
-use reliant_telemetry::{TraceContext, metrics::RPC_CLIENT_DURATION};
+use reliant_telemetry::{ClientCall, TraceContext};
 use reliant_types::{Code, Failure, code::Class, limits, pb};
 use tokio::time::Instant;
 use tonic::{Request, Response, Status, transport::Channel};
-use tracing::{Instrument as _, Span};
+use tracing::Instrument as _;
 
 use crate::config::ClientConfig;
 
@@ -93,9 +93,8 @@ impl Client {
         let mut backoff = backoff();
         let mut before = TraceContext::default();
         loop {
-            let span = client_span(method);
             // A retry stands beside the attempt it replaces, not under it.
-            before.link(&span);
+            let called = ClientCall::start(method, &self.config.endpoint, &before);
             let attempt = async {
                 let mut request = self.request(message.clone()).await.map_err(Attempt::Local)?;
                 let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
@@ -106,20 +105,19 @@ impl Client {
                     Err(_) => Err(Attempt::Remote(Status::deadline_exceeded("no answer in time"))),
                 }
             };
-            let begun = Instant::now();
-            let outcome = attempt.instrument(span.clone()).await;
+            let outcome = attempt.instrument(called.span().clone()).await;
+            before = TraceContext::of(called.span());
             let code = match &outcome {
                 Ok(_) => tonic::Code::Ok,
                 Err(Attempt::Remote(status)) => status.code(),
                 Err(Attempt::Local(_)) => tonic::Code::Unauthenticated,
             };
-            settle(method, code, begun.elapsed(), &span);
+            called.settle(code);
             let status = match outcome {
                 Ok(response) => return Ok(response),
                 Err(Attempt::Local(failure)) => return Err(failure),
                 Err(Attempt::Remote(status)) => status,
             };
-            before = TraceContext::of(&span);
             let delay = match judge(&status, kind) {
                 Retry::No => return Err(rpc::failure(&status)),
                 Retry::Yes => backoff.next_delay(),
@@ -137,51 +135,6 @@ enum Attempt {
     /// There was no token to send.
     Local(Failure),
     Remote(Status),
-}
-
-fn client_span(method: &'static str) -> Span {
-    tracing::info_span!(
-        // reliant_telemetry::names::span::RPC_CLIENT
-        "rpc.client",
-        otel.name = method,
-        otel.kind = "client",
-        otel.status_code = tracing::field::Empty,
-        rpc.system.name = "grpc",
-        rpc.method = method,
-        rpc.response.status_code = tracing::field::Empty,
-    )
-}
-
-fn settle(method: &str, code: tonic::Code, time: Duration, span: &Span) {
-    let label = code_label(code);
-    RPC_CLIENT_DURATION.with_label_values(&[method, label]).observe(time.as_secs_f64());
-    span.record("rpc.response.status_code", label);
-    if code != tonic::Code::Ok {
-        span.record("otel.status_code", "ERROR");
-    }
-}
-
-fn code_label(code: tonic::Code) -> &'static str {
-    use tonic::Code::*;
-    match code {
-        Ok => "OK",
-        Cancelled => "CANCELLED",
-        Unknown => "UNKNOWN",
-        InvalidArgument => "INVALID_ARGUMENT",
-        DeadlineExceeded => "DEADLINE_EXCEEDED",
-        NotFound => "NOT_FOUND",
-        AlreadyExists => "ALREADY_EXISTS",
-        PermissionDenied => "PERMISSION_DENIED",
-        ResourceExhausted => "RESOURCE_EXHAUSTED",
-        FailedPrecondition => "FAILED_PRECONDITION",
-        Aborted => "ABORTED",
-        OutOfRange => "OUT_OF_RANGE",
-        Unimplemented => "UNIMPLEMENTED",
-        Internal => "INTERNAL",
-        Unavailable => "UNAVAILABLE",
-        DataLoss => "DATA_LOSS",
-        Unauthenticated => "UNAUTHENTICATED",
-    }
 }
 
 /// Whether, and when, a failed call is made again.

@@ -5,9 +5,11 @@ use std::time::Duration;
 
 use reliant_rpc::{self as rpc, update_service_client::UpdateServiceClient};
 use reliant_runtime::Backoff;
+use reliant_telemetry::{ClientCall, TraceContext};
 use reliant_types::{ChatId, Code, Failure, code::Class, limits, pb};
 use tokio::time::{Instant, timeout_at};
 use tonic::{Status, Streaming};
+use tracing::Instrument as _;
 
 use crate::{
     Client,
@@ -15,6 +17,7 @@ use crate::{
     view::{ClientUpdate, From, Verification, View},
 };
 
+const SUBSCRIBE: &str = "reliant.v1.UpdateService/Subscribe";
 /// The first answer of a new stream must come within this.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
 /// A stream that lived this long was a good one: the next back-off begins small.
@@ -28,6 +31,8 @@ pub struct Subscription {
     /// Not before then is the next stream opened.
     retry_at: Option<Instant>,
     opened_before: bool,
+    /// The call that opened the newest stream.
+    before: TraceContext,
 }
 
 struct Stream {
@@ -46,6 +51,7 @@ impl Client {
             backoff: backoff(),
             retry_at: None,
             opened_before: false,
+            before: TraceContext::default(),
         }
     }
 
@@ -167,7 +173,11 @@ impl Subscription {
         }
         // Should this be dropped half way, the next try comes after a delay as well.
         self.retry_at = Some(Instant::now() + self.backoff.next_delay());
-        let request = self.client.request(self.view.begin_stream()).await?;
+        // One call of its own for each stream, ended when it stands; the next one links to it.
+        let called = ClientCall::start(SUBSCRIBE, &self.client.config().endpoint, &self.before);
+        self.before = TraceContext::of(called.span());
+        let view = self.view.begin_stream();
+        let request = self.client.request(view).instrument(called.span().clone()).await?;
         let mut service = UpdateServiceClient::new(self.client.channel()).max_decoding_message_size(RESPONSE_MAX_BYTES);
         let answer = match timeout_at(Instant::now() + OPEN_TIMEOUT, service.subscribe(request)).await {
             Ok(answer) => answer,
@@ -175,12 +185,14 @@ impl Subscription {
         };
         match answer {
             Ok(response) => {
+                called.settle(tonic::Code::Ok);
                 let now = Instant::now();
                 self.stream = Some(Stream { updates: response.into_inner(), opened: now, heard: now });
                 self.retry_at = None;
                 Ok(std::mem::replace(&mut self.opened_before, true))
             }
             Err(status) => {
+                called.settle(status.code());
                 self.ended_by(&status)?;
                 Ok(false)
             }

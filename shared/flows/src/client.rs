@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, str::FromStr, sync::Arc, time::Duration};
 
-use reliant_telemetry::chain;
+use reliant_telemetry::{ClientCall, TraceContext, chain, names::span};
 use reliant_types::{ChatId, Code, Failure};
 use temporalio_client::{
     Client, ClientKeepAliveOptions, ClientOptions, Connection, ConnectionOptions, GrpcCompression, RetryOptions,
@@ -11,6 +11,7 @@ use temporalio_client::{
 use temporalio_common::protos::temporal::api::{common::v1::Header, workflowservice::v1::DescribeNamespaceRequest};
 use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
+use tracing::Instrument;
 
 use crate::{
     FlowsConfig, trace,
@@ -99,11 +100,23 @@ impl Flows {
         let input = ChatInput { chat, linger_ms, run_turns: config.run_turns };
         let wake = Wake { traceparent: traceparent.to_owned() };
         let call = client.signal_with_start_workflow(ChatWorkflow::run, input, ChatWorkflow::wake, wake, options);
-        match tokio::time::timeout(config.rpc_timeout, call).await {
-            Err(_) => Err(FlowsError::Timeout(config.rpc_timeout)),
+        // Nothing hangs on it: the workflow got the context of the wake, which has ended.
+        let called =
+            ClientCall::below(&TraceContext::from_traceparent(traceparent), span::TEMPORAL_WAKE, &config.address);
+        match tokio::time::timeout(config.rpc_timeout, call.instrument(called.span().clone())).await {
+            Err(_) => {
+                called.settle(tonic::Code::DeadlineExceeded);
+                Err(FlowsError::Timeout(config.rpc_timeout))
+            }
             // Cannot come of a signal-with-start; if it does, the workflow runs, and the relay sees to the rest.
-            Ok(Ok(_) | Err(WorkflowStartError::AlreadyStarted { .. })) => Ok(()),
-            Ok(Err(error)) => Err(FlowsError::Unavailable(chain(&error).to_string())),
+            Ok(Ok(_) | Err(WorkflowStartError::AlreadyStarted { .. })) => {
+                called.settle(tonic::Code::Ok);
+                Ok(())
+            }
+            Ok(Err(error)) => {
+                called.settle(tonic::Code::Unavailable);
+                Err(FlowsError::Unavailable(chain(&error).to_string()))
+            }
         }
     }
 

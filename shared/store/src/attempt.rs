@@ -50,7 +50,7 @@ impl Store {
                       status = 'running', started_at = COALESCE(t.started_at, $5), attempt_trace = $6,
                       placed_at = COALESCE(t.placed_at, $5), held_at = NULL,
                       deadline_at = COALESCE(deadline_at, $5 + deadline_left_ms * interval '1 millisecond'),
-                      retry_at = NULL
+                      retry_at = NULL, round_began_at = COALESCE(t.round_began_at, $5)
                FROM old, chats c LEFT JOIN daemons d ON d.id = c.daemon_id AND d.revoked_at IS NULL
                     LEFT JOIN LATERAL (
                         SELECT k.created_at, k.dispatched_at, k.started_at, k.ended_at, a.decided_at
@@ -66,7 +66,7 @@ impl Store {
                          t.producer, t.traceparent, t.model, t.mode, t.deadline_at AS "deadline!", t.cancel_requested,
                          t.error_code, t.error_message, t.usage, t.created_at, t.started_at, t.ended_at,
                          d.id AS "daemon?", d.incarnation, d.hostname AS "hostname?", d.os AS "os?",
-                         d.declarations AS "declarations?", old.attempt_trace AS "before!", c.looked_at, t.held_ms,
+                         d.declarations AS "declarations?", old.attempt_trace AS "before!", c.looked_at, t.held_ms, t.round_began_at,
                          (SELECT p.ended_at FROM turns p WHERE p.chat_id = t.chat_id AND p.ordinal = t.ordinal - 1) AS freed_at,
                          l.created_at AS "called_at?", l.decided_at, l.dispatched_at, l.started_at AS ran_at,
                          l.ended_at AS settled_at"#,
@@ -94,6 +94,7 @@ impl Store {
             ran: row.ran_at,
             settled: row.settled_at,
             held: Duration::from_millis(u64::try_from(row.held_ms).unwrap_or_default()),
+            began: row.round_began_at,
             claimed: now,
         });
         let current = TurnRow {
@@ -173,7 +174,7 @@ impl Store {
         let (now, ends, usage) = (tx.now, new.calls.is_empty(), &new.usage);
         let row = turns!(
             RETURNING "UPDATE turns t SET iteration = iteration + 1, live_message_id = NULL, producer = NULL,
-                       placed_at = NULL, held_ms = 0,
+                       placed_at = NULL, held_ms = 0, round_began_at = NULL,
                        status = CASE WHEN $5 THEN 'succeeded' ELSE status END,
                        ended_at = CASE WHEN $5 THEN $6::timestamptz END,
                        deadline_at = CASE WHEN $5 THEN NULL ELSE deadline_at END,

@@ -17,6 +17,8 @@ pub struct Lead {
     pub enqueue: Duration,
     /// Until a worker began the round, where nothing else was waited for.
     pub pickup: Duration,
+    /// Lost with attempts of the round that failed or died, and in waiting to make another.
+    pub retry: Duration,
     /// Until a person decided.
     pub approval_wait: Duration,
     /// Until the tool began: waiting for the daemon, and the way there.
@@ -42,16 +44,22 @@ pub(crate) struct Stamps {
     pub settled: Option<Time>,
     /// Of the time before the claim, what passed in waiting for a place.
     pub held: Duration,
+    /// By the round's first attempt.
+    pub began: Option<Time>,
     pub claimed: Time,
 }
 
 impl Lead {
     pub(crate) fn of(stamps: &Stamps) -> Self {
-        let Stamps { accepted, looked, freed, called, decided, dispatched, ran, settled, held, claimed } = *stamps;
+        let Stamps { accepted, looked, freed, called, decided, dispatched, ran, settled, held, began, claimed } =
+            *stamps;
+        let began = began.unwrap_or(claimed);
         let mut walk = Walk { at: called.unwrap_or(accepted), end: claimed };
         if called.is_none() {
-            let enqueue = walk.to(looked.max(freed));
-            return Self { enqueue, pickup: walk.to(Some(claimed)), ..Self::default() }.held(held);
+            // Of the looks the newest is known, which may be one after an attempt had failed.
+            let enqueue = walk.to(looked.max(freed).map(|until| until.min(began)));
+            let pickup = walk.to(Some(began));
+            return Self { enqueue, pickup, retry: walk.to(Some(claimed)), ..Self::default() }.held(held);
         }
         let approval_wait = walk.to(decided);
         let waited = walk.to(if dispatched.is_some() { dispatched } else { settled });
@@ -67,7 +75,8 @@ impl Lead {
             tool_route: waited + (there_and_back - run - tool_return),
             tool_run: run,
             tool_return,
-            pickup: walk.to(Some(claimed)),
+            pickup: walk.to(Some(began)),
+            retry: walk.to(Some(claimed)),
             ..Self::default()
         }
         .held(held)
@@ -77,8 +86,9 @@ impl Lead {
     fn held(self, held: Duration) -> Self {
         let of_enqueue = held.min(self.enqueue);
         let of_pickup = (held - of_enqueue).min(self.pickup);
-        let (enqueue, pickup) = (self.enqueue - of_enqueue, self.pickup - of_pickup);
-        Self { held: of_enqueue + of_pickup, enqueue, pickup, ..self }
+        let of_retry = (held - of_enqueue - of_pickup).min(self.retry);
+        let (enqueue, pickup, retry) = (self.enqueue - of_enqueue, self.pickup - of_pickup, self.retry - of_retry);
+        Self { held: of_enqueue + of_pickup + of_retry, enqueue, pickup, retry, ..self }
     }
 }
 
@@ -121,6 +131,7 @@ mod tests {
             ran: None,
             settled: None,
             held: Duration::ZERO,
+            began: None,
             claimed: at(100),
         }
     }
@@ -137,6 +148,10 @@ mod tests {
         assert_eq!((queued.enqueue, queued.pickup), (ms(90), ms(10)));
         let held = Lead::of(&Stamps { looked: Some(at(30)), held: ms(25), ..stamps() });
         assert_eq!((held.held, held.enqueue, held.pickup), (ms(25), ms(5), ms(70)));
+        let again = Lead::of(&Stamps { looked: Some(at(30)), began: Some(at(40)), ..stamps() });
+        assert_eq!((again.enqueue, again.pickup, again.retry), (ms(30), ms(10), ms(60)));
+        let looked_again = Lead::of(&Stamps { looked: Some(at(90)), began: Some(at(40)), ..stamps() });
+        assert_eq!((looked_again.enqueue, looked_again.pickup, looked_again.retry), (ms(40), ms(0), ms(60)));
     }
 
     #[test]
@@ -159,11 +174,12 @@ mod tests {
     proptest! {
         #[test]
         fn the_parts_add_up(all in proptest::array::uniform8(proptest::option::of(-50i64..200)), held in 0u64..150) {
-            let [looked, freed, called, decided, dispatched, ran, settled, _] = all.map(|ms| ms.map(at));
-            let stamps = Stamps { looked, freed, called, decided, dispatched, ran, settled, held: ms(held), ..stamps() };
-            let Lead { held, enqueue, pickup, approval_wait, tool_route, tool_run, tool_return } = Lead::of(&stamps);
+            let [looked, freed, called, decided, dispatched, ran, settled, began] = all.map(|ms| ms.map(at));
+            let held = ms(held);
+            let stamps = Stamps { looked, freed, called, decided, dispatched, ran, settled, held, began, ..stamps() };
+            let Lead { held, enqueue, pickup, retry, approval_wait, tool_route, tool_run, tool_return } = Lead::of(&stamps);
             let whole = between(called.unwrap_or(stamps.accepted), stamps.claimed);
-            prop_assert_eq!(held + enqueue + pickup + approval_wait + tool_route + tool_run + tool_return, whole);
+            prop_assert_eq!(held + enqueue + pickup + retry + approval_wait + tool_route + tool_run + tool_return, whole);
         }
     }
 }

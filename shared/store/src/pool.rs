@@ -166,8 +166,14 @@ impl Store {
         let mut tries = 0;
         let result = loop {
             tries += 1;
-            let limited = tokio::time::timeout(WORK_LIMIT, work().instrument(span(name)));
-            match limited.await.unwrap_or_else(|_| Err(too_long())) {
+            let span = span(name);
+            let limited = tokio::time::timeout(WORK_LIMIT, work().instrument(span.clone()));
+            let result = limited.await.unwrap_or_else(|_| Err(too_long()));
+            if let Some(kind) = result.as_ref().err().and_then(fault) {
+                span.record("error.type", kind);
+                span.record("otel.status_code", "ERROR");
+            }
+            match result {
                 Err(StoreError::Conflict(error)) if tries < CONFLICT_TRIES => {
                     tracing::debug!(error = %chain(&error), name, "transactions conflicted; tried again");
                 }
@@ -232,6 +238,18 @@ fn had_died(error: &sqlx::Error) -> bool {
     }
 }
 
+/// What is no answer, in a word; a refusal is one.
+fn fault(error: &StoreError) -> Option<&'static str> {
+    match error {
+        StoreError::Unavailable(_) => Some("unavailable"),
+        StoreError::Conflict(_) => Some("conflict"),
+        StoreError::Internal(_) => Some("internal"),
+        StoreError::Corrupt(_) => Some("corrupt"),
+        StoreError::Migrate(_) => Some("migrate"),
+        _ => None,
+    }
+}
+
 /// Only inside a trace: the polls of the background are not traces of their own.
 fn span(name: &'static str) -> tracing::Span {
     if tracing::Span::current().is_none() {
@@ -244,6 +262,8 @@ fn span(name: &'static str) -> tracing::Span {
         otel.kind = "client",
         db.system.name = "postgresql",
         db.operation.name = name,
+        error.type = tracing::field::Empty,
+        otel.status_code = tracing::field::Empty,
     )
 }
 

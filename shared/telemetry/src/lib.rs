@@ -2,6 +2,7 @@
 //! blocks: a collector that is away costs counted drops, not time.
 
 mod chain;
+mod client_call;
 mod export;
 mod init;
 mod log;
@@ -14,5 +15,6 @@ mod spool;
 pub mod trace;
 
 pub use chain::{Chain, chain};
+pub use client_call::{ClientCall, code_label};
 pub use init::{Guard, LogFormat, TelemetryConfig, TelemetryError, init};
 pub use trace::{TraceContext, hop, hop_span};

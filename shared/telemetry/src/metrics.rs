@@ -92,7 +92,7 @@ macro_rules! metrics {
 
 metrics! {
     // --- RPC
-    /// Time of an RPC at its server, to its end or to the end of its stream, by method and gRPC status ("cancelled" where the caller left).
+    /// Time of an RPC at its server, to its end or to the end of its stream, by method and gRPC status (CANCELLED where the caller left).
     pub static RPC_SERVER_DURATION: HistogramVec = ("rpc_server_call_duration_seconds", ["rpc_method", "rpc_response_status_code"], SECONDS);
     /// Time of an RPC at its client.
     pub static RPC_CLIENT_DURATION: HistogramVec = ("rpc_client_call_duration_seconds", ["rpc_method", "rpc_response_status_code"], SECONDS);
@@ -106,6 +106,8 @@ metrics! {
     // --- bus
     /// Time of a publish or request on NATS, by subject template, operation (publish, request, reply) and outcome.
     pub static BUS_DURATION: HistogramVec = ("messaging_client_operation_duration_seconds", ["messaging_destination_template", "messaging_operation_name", "outcome"], HOP_SECONDS);
+    /// From a message's receipt until its receiver is done with it, by subject template; of a request, until it is answered.
+    pub static BUS_PROCESS: HistogramVec = ("messaging_process_duration_seconds", ["messaging_destination_template"], HOP_SECONDS);
     /// Messages handed to a subscriber, by subject template.
     pub static BUS_CONSUMED: IntCounterVec = ("messaging_client_consumed_messages_total", ["messaging_destination_template"]);
     /// Messages that could not be decoded or had a foreign subject, by subject template.
@@ -120,7 +122,7 @@ metrics! {
     pub static BUS_CONNECTED: IntGauge = ("reliant_bus_connected", []);
 
     // --- turns
-    /// Where a turn's time goes; the phases of a turn that succeeded add up to it. accept: read and checked by the api. held: for a place among the turns of all users. enqueue: stored, and until a worker was told. pickup: until a worker took a round up. context: history read and request made. model_first_token, model_stream: the provider. approval_wait: for a person. tool_route, tool_run, tool_return: to the daemon (or waiting for it), on it, and back; of parallel calls the one that ended last. persist: storing the answer. fanout: from an api replica's receipt of the turn's end to its viewers.
+    /// Where a turn's time goes; the phases of a turn that succeeded add up to it. accept: read and checked by the api. held: for a place among the turns of all users. enqueue: stored, and until a worker was told. pickup: until a worker took a round up. retry: lost with attempts that failed or whose worker died, until the one that succeeded. context: history read and request made. model_first_token, model_stream: the provider. approval_wait: for a person. tool_route, tool_run, tool_return: to the daemon (or waiting for it), on it, and back; of parallel calls the one that ended last. persist: storing the answer. fanout: from an api replica's receipt of the turn's end to its viewers.
     pub static TURN_PHASE: HistogramVec = ("reliant_turn_phase_seconds", ["phase"], LONG_SECONDS);
     /// Whole turns, from accepted to ended, by end (succeeded, failed, cancelled).
     pub static TURN_DURATION: HistogramVec = ("reliant_turn_seconds", ["status"], LONG_SECONDS);
@@ -138,7 +140,7 @@ metrics! {
     // --- model
     /// From the request to the first piece of a model's answer.
     pub static MODEL_FIRST_TOKEN: HistogramVec = ("reliant_model_first_token_seconds", ["provider", "model"], LONG_SECONDS);
-    /// A model call from request to end, by outcome (ok, retried, failed, cancelled).
+    /// A model call from request to end, by outcome (ok, failed, cancelled).
     pub static MODEL_DURATION: HistogramVec = ("gen_ai_client_operation_duration_seconds", ["provider", "model", "outcome"], LONG_SECONDS);
     /// Tokens as the provider counted them, by kind (input, output, cache_read, cache_write, reasoning).
     pub static MODEL_TOKENS: IntCounterVec = ("reliant_model_tokens_total", ["provider", "model", "kind"]);
@@ -152,7 +154,7 @@ metrics! {
     pub static MODEL_SHORTENED: IntCounter = ("reliant_model_history_shortened_total", []);
 
     // --- tools
-    /// A tool call on the daemon, by tool (our own by name, else mcp or other) and status.
+    /// Tool calls that ended, by tool (our own by name, else mcp or other) and status (succeeded, failed, cancelled, timed_out, outcome_unknown), with the time that they ran; 0 for those that never began.
     pub static TOOL_RUN: HistogramVec = ("reliant_tool_run_seconds", ["tool", "status"], LONG_SECONDS);
     /// Dispatches of tool calls, by outcome (started, attached, finished, tombstone, refused, away, timeout, failed).
     pub static TOOL_DISPATCH: IntCounterVec = ("reliant_tool_dispatch_total", ["outcome"]);
@@ -293,6 +295,7 @@ pub enum Phase {
     Held,
     Enqueue,
     Pickup,
+    Retry,
     Context,
     ModelFirstToken,
     ModelStream,
@@ -310,6 +313,7 @@ impl Phase {
         Phase::Held,
         Phase::Enqueue,
         Phase::Pickup,
+        Phase::Retry,
         Phase::Context,
         Phase::ModelFirstToken,
         Phase::ModelStream,
@@ -327,6 +331,7 @@ impl Phase {
             Phase::Held => "held",
             Phase::Enqueue => "enqueue",
             Phase::Pickup => "pickup",
+            Phase::Retry => "retry",
             Phase::Context => "context",
             Phase::ModelFirstToken => "model_first_token",
             Phase::ModelStream => "model_stream",

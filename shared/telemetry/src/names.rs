@@ -22,7 +22,11 @@ pub mod span {
     pub const TURN_ACCEPT: &str = "turn.accept";
     /// Signal-with-start of a chat's workflow.
     pub const TURN_WAKE: &str = "turn.wake";
+    /// The call to Temporal that carries a wake.
+    pub const TEMPORAL_WAKE: &str = "temporal.api.workflowservice.v1.WorkflowService/SignalWithStartWorkflowExecution";
     pub const TURN_NEXT_STEP: &str = "turn.next_step";
+    /// The activity that runs model rounds. The rounds stand beside it: what it began must not hang on it.
+    pub const TURN_CALL_MODEL: &str = "turn.call_model";
     /// A worker takes a model round up; a later attempt of the same round links to it.
     pub const TURN_CLAIM: &str = "turn.claim";
     /// One fenced attempt of one model round, around its model call.
@@ -68,7 +72,9 @@ pub mod span {
         DB,
         TURN_ACCEPT,
         TURN_WAKE,
+        TEMPORAL_WAKE,
         TURN_NEXT_STEP,
+        TURN_CALL_MODEL,
         TURN_CLAIM,
         TURN_ROUND,
         TURN_DISPATCH,
@@ -141,6 +147,7 @@ pub mod attr {
     pub const GEN_AI_INPUT_TOKENS: &str = "gen_ai.usage.input_tokens";
     pub const GEN_AI_OUTPUT_TOKENS: &str = "gen_ai.usage.output_tokens";
     pub const GEN_AI_TOOL_NAME: &str = "gen_ai.tool.name";
+    pub const GEN_AI_TOOL_CALL_ID: &str = "gen_ai.tool.call.id";
     pub const GEN_AI_CACHE_READ_TOKENS: &str = "gen_ai.usage.cache_read.input_tokens";
     pub const GEN_AI_FINISH_REASONS: &str = "gen_ai.response.finish_reasons";
     /// Seconds.
@@ -163,6 +170,10 @@ pub mod attr {
     /// Update streams that an api replica gives an event to.
     pub const VIEWERS: &str = "viewers";
     pub const PROCESS_PID: &str = "process.pid";
+    pub const PROCESS_EXECUTABLE: &str = "process.executable.name";
+    pub const PROCESS_EXIT_CODE: &str = "process.exit.code";
+    /// Which attempt of an activity this is, from 1.
+    pub const ACTIVITY_ATTEMPT: &str = "activity.attempt";
     pub const DB_SYSTEM: &str = "db.system.name";
     /// The name of the store's transaction.
     pub const DB_OPERATION: &str = "db.operation.name";
@@ -182,6 +193,7 @@ pub mod attr {
         GEN_AI_INPUT_TOKENS,
         GEN_AI_OUTPUT_TOKENS,
         GEN_AI_TOOL_NAME,
+        GEN_AI_TOOL_CALL_ID,
         GEN_AI_CACHE_READ_TOKENS,
         GEN_AI_FINISH_REASONS,
         GEN_AI_FIRST_CHUNK,
@@ -202,6 +214,9 @@ pub mod attr {
         FRAME,
         VIEWERS,
         PROCESS_PID,
+        PROCESS_EXECUTABLE,
+        PROCESS_EXIT_CODE,
+        ACTIVITY_ATTEMPT,
         DB_SYSTEM,
         DB_OPERATION,
     ];
@@ -219,6 +234,7 @@ pub mod attr {
             Phase::Held => "turn.phase.held",
             Phase::Enqueue => "turn.phase.enqueue",
             Phase::Pickup => "turn.phase.pickup",
+            Phase::Retry => "turn.phase.retry",
             Phase::Context => "turn.phase.context",
             Phase::ModelFirstToken => "turn.phase.model_first_token",
             Phase::ModelStream => "turn.phase.model_stream",

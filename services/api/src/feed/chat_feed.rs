@@ -175,13 +175,7 @@ impl ChatFeed {
             merge.length(length);
         }
         self.spread(&out);
-        let ended = |output: &Output| match output {
-            Output::Event(event) => matches!(&event.kind, Some(Kind::TurnChanged(turn)) if turn_ended(turn)),
-            Output::Delta(_) => false,
-        };
-        if out.iter().any(ended) {
-            Phase::Fanout.observe(received.elapsed(), &tracing::Span::current());
-        }
+        fanned_out(&out, received);
     }
 
     fn command(&mut self, command: Command) {
@@ -270,11 +264,13 @@ impl ChatFeed {
     }
 
     fn log_read(&mut self, after: i64, events: Vec<pb::ChatEvent>, more: bool) {
+        let received = Instant::now();
         let mut out = Vec::new();
         for event in events {
             self.state.merge().event(event, Source::Log, &mut out);
         }
         self.spread(&out);
+        fanned_out(&out, received);
         let progress = self.state.seq() > after;
         if more && progress {
             self.want_log = true;
@@ -450,6 +446,17 @@ impl ChatFeed {
         if let Some(at) = at {
             self.wake = Some(self.wake.map_or(at, |wake| wake.min(at)));
         }
+    }
+}
+
+/// The last phase of a turn whose end has been given to the viewers.
+fn fanned_out(out: &[Output], received: Instant) {
+    let ended = |output: &Output| match output {
+        Output::Event(event) => matches!(&event.kind, Some(Kind::TurnChanged(turn)) if turn_ended(turn)),
+        Output::Delta(_) => false,
+    };
+    if out.iter().any(ended) {
+        Phase::Fanout.observe(received.elapsed(), &tracing::Span::current());
     }
 }
 

@@ -4,7 +4,7 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
-use reliant_telemetry::chain;
+use reliant_telemetry::{TraceContext, chain, hop, names};
 use reliant_types::{ToolCallId, pb};
 use tokio::{sync::Notify, time::Instant};
 
@@ -25,8 +25,15 @@ struct Offer {
     made: Option<(u64, Instant, Duration)>,
 }
 
-/// A result that is to be offered now, with the copy at hand if there is one.
-type Due = (ToolCallId, pb::TraceContext, Option<pb::ToolResult>);
+/// A result that is to be offered now.
+struct Due {
+    call: ToolCallId,
+    trace: pb::TraceContext,
+    /// The copy at hand, if there is one.
+    fresh: Option<pb::ToolResult>,
+    /// It was offered before.
+    again: bool,
+}
 
 #[derive(Debug, Default)]
 pub struct Outbox {
@@ -66,8 +73,8 @@ impl Outbox {
                     Some((s, _, patience)) if s == stream => (patience * 2).min(AGAIN_MAX),
                     _ => AGAIN_MIN,
                 };
-                offer.made = Some((stream, now + patience, patience));
-                due.push((*call, offer.trace.clone(), offer.fresh.take()));
+                let again = offer.made.replace((stream, now + patience, patience)).is_some();
+                due.push(Due { call: *call, trace: offer.trace.clone(), fresh: offer.fresh.take(), again });
             }
             if let Some((_, again, _)) = offer.made {
                 next = Some(next.map_or(again, |n| n.min(again)));
@@ -76,12 +83,29 @@ impl Outbox {
         (due, next)
     }
 
+    /// An offer that is made again has a span of its own, linked to the one before it and below the same dispatch.
+    fn offered_again(&self, call: ToolCallId, before: pb::TraceContext, journal: &Journal) -> pb::TraceContext {
+        let Some(entry) = journal.get(call) else { return before };
+        let parent = TraceContext::from_traceparent(&entry.header.traceparent);
+        if parent.is_empty() {
+            return before;
+        }
+        let span = tracing::info_span!(names::span::TOOL_RESULT, otel.kind = "producer", tool.call_id = %call);
+        TraceContext::from(before).link(&span);
+        let trace: pb::TraceContext = hop(&parent, span).into();
+        if let Some(offer) = self.offers.lock().get_mut(&call) {
+            offer.trace = trace.clone();
+        }
+        trace
+    }
+
     /// The next results for a stream, waiting until there are some.
     pub async fn next(&self, stream: u64, journal: &Arc<Journal>) -> Vec<(pb::ToolResult, pb::TraceContext)> {
         loop {
             let (due, next) = self.due(stream, Instant::now());
             let mut results = Vec::with_capacity(due.len());
-            for (call, trace, fresh) in due {
+            for Due { call, trace, fresh, again } in due {
+                let trace = if again { self.offered_again(call, trace, journal) } else { trace };
                 match (fresh, journal.get(call)) {
                     // A newer dispatch may have taken the call over meanwhile.
                     (Some(mut fresh), Some(entry)) => {
@@ -123,7 +147,7 @@ mod tests {
         let (a, b) = (ToolCallId::new(), ToolCallId::new());
         outbox.add(a, "", Some(pb::ToolResult::default()));
         outbox.add(b, "", None);
-        let ids = |stream, at| outbox.due(stream, at).0.into_iter().map(|d| d.0).collect::<Vec<_>>();
+        let ids = |stream, at| outbox.due(stream, at).0.into_iter().map(|due| due.call).collect::<Vec<_>>();
         assert_eq!(ids(1, now), [a, b]);
         assert!(ids(1, now + Duration::from_secs(1)).is_empty());
         assert_eq!(ids(1, now + AGAIN_MIN), [a, b]);

@@ -4,7 +4,7 @@ use std::{panic::AssertUnwindSafe, sync::Arc, time::Instant};
 
 use futures::FutureExt;
 use reliant_telemetry::{
-    chain, metrics, names,
+    chain, names,
     trace::{TraceContext, hop},
 };
 use reliant_types::{Code, Failure, Incarnation, ToolCallId, limits, pb};
@@ -48,11 +48,14 @@ pub async fn run(calls: Arc<Calls>, begun: Begun, ticket: Ticket, started: onesh
         otel.name = format!("execute_tool {tool}"),
         gen_ai.operation.name = "execute_tool",
         gen_ai.tool.name = %tool,
+        gen_ai.tool.call.id = %id,
         tool.call_id = %id,
         tool.generation = generation,
         chat.id = %begun.dispatch.chat_id,
         turn.id = %begun.dispatch.turn_id,
         tool.status = tracing::field::Empty,
+        error.type = tracing::field::Empty,
+        otel.status_code = tracing::field::Empty,
     );
     let received = begun.trace.clone();
     received.set_parent(&span);
@@ -61,7 +64,10 @@ pub async fn run(calls: Arc<Calls>, begun: Begun, ticket: Ticket, started: onesh
     let took = began.elapsed();
     let status = outcome.status.as_str_name().trim_start_matches("TOOL_CALL_STATUS_").to_ascii_lowercase();
     span.record("tool.status", status.as_str());
-    metrics::TOOL_RUN.with_label_values(&[metrics::tool_label(&tool), status.as_str()]).observe(took.as_secs_f64());
+    if outcome.status != pb::ToolCallStatus::Succeeded {
+        span.record("error.type", outcome.code.map_or(status.as_str(), |code| code.as_str()));
+        span.record("otel.status_code", "ERROR");
+    }
     drop(span);
     // The context that the result carries is of a span that has ended.
     let result_span = tracing::info_span!(names::span::TOOL_RESULT, otel.kind = "producer", tool.call_id = %id);

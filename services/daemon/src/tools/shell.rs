@@ -52,10 +52,13 @@ impl Args {
     }
 }
 
+fn shell() -> &'static str {
+    let bash = ["/bin/bash", "/usr/bin/bash", "/usr/local/bin/bash"];
+    bash.into_iter().find(|path| std::path::Path::new(path).exists()).unwrap_or("sh")
+}
+
 fn command(args: &Args, job: &Job) -> Command {
-    let bash =
-        ["/bin/bash", "/usr/bin/bash", "/usr/local/bin/bash"].into_iter().find(|p| std::path::Path::new(p).exists());
-    let mut command = Command::new(bash.unwrap_or("sh"));
+    let mut command = Command::new(shell());
     scrub_env(&mut command);
     command
         .arg("-c")
@@ -81,7 +84,14 @@ fn command(args: &Args, job: &Job) -> Command {
 
 pub async fn run(args: Args, job: Job, sandbox: &Sandbox) -> Outcome {
     let timeout = args.timeout_seconds.map_or(limits::TOOL_TIMEOUT, Duration::from_secs).min(job.timeout);
-    let span = tracing::info_span!(reliant_telemetry::names::span::TOOL_PROCESS, process.pid = tracing::field::Empty);
+    let span = tracing::info_span!(
+        reliant_telemetry::names::span::TOOL_PROCESS,
+        process.executable.name = shell().rsplit('/').next(),
+        process.pid = tracing::field::Empty,
+        process.exit.code = tracing::field::Empty,
+        error.type = tracing::field::Empty,
+        otel.status_code = tracing::field::Empty,
+    );
     async {
         let mut child = match sandbox.spawn(command(&args, &job), job.root.path()).await {
             Ok(child) => child,
@@ -94,6 +104,7 @@ pub async fn run(args: Args, job: Job, sandbox: &Sandbox) -> Outcome {
         let end = pump(&mut child, pid, &mut gather, timeout, &job).await;
         gather.flush();
         gather.lengths();
+        say_end(&end);
         outcome(end, &gather, timeout)
     }
     .instrument(span)
@@ -109,6 +120,24 @@ enum Stop {
 struct End {
     stop: Option<Stop>,
     status: Option<std::process::ExitStatus>,
+}
+
+/// Tells the process's span how it ended.
+fn say_end(end: &End) {
+    let span = tracing::Span::current();
+    let exit = end.status.and_then(|status| status.code());
+    if let Some(exit) = exit {
+        span.record("process.exit.code", exit);
+    }
+    let error = match end.stop {
+        Some(Stop::Cancelled) => "cancelled",
+        Some(Stop::TimedOut) => "timed_out",
+        None if exit == Some(0) => return,
+        None if exit.is_some() => "exit_code",
+        None => "signal",
+    };
+    span.record("error.type", error);
+    span.record("otel.status_code", "ERROR");
 }
 
 /// `None` at the end of a pipe, or where it fails.

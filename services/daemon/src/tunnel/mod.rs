@@ -16,7 +16,7 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use reliant_telemetry::{chain, metrics};
+use reliant_telemetry::{ClientCall, TraceContext, chain, metrics};
 use reliant_types::{Secret, pb};
 use tokio::{
     sync::{mpsc, watch},
@@ -29,6 +29,7 @@ use session::{Event, Session, SessionError};
 
 use crate::{calls::Calls, error::DaemonError};
 
+const CONNECT: &str = "reliant.v1.TunnelService/Connect";
 /// A daemon that was told to stop may still deliver what it has.
 const LAST_RESULTS: Duration = Duration::from_secs(10);
 
@@ -63,6 +64,8 @@ pub struct Shared {
     /// This process's number, once a gateway gave one; kept for the process's life.
     instance: AtomicI64,
     sessions: AtomicU64,
+    /// The call that opened the newest stream, or was to.
+    dialled: Mutex<TraceContext>,
 }
 
 impl Shared {
@@ -78,7 +81,16 @@ impl Shared {
             connection: watch::Sender::new(Connection { since, ..Default::default() }),
             instance: AtomicI64::new(0),
             sessions: AtomicU64::new(0),
+            dialled: Mutex::default(),
         }
+    }
+
+    /// A call for a stream; it links to the one before it.
+    fn call(&self, address: &str) -> ClientCall {
+        let mut dialled = self.dialled.lock();
+        let call = ClientCall::start(CONNECT, address, &dialled);
+        *dialled = TraceContext::of(call.span());
+        call
     }
 
     fn hello(&self) -> pb::Hello {

@@ -150,12 +150,23 @@ async fn dial(shared: &Shared, address: &str) -> Result<Dialled, SessionError> {
     if !reliant_rpc::authorize(&mut request, shared.token.expose()) {
         return Err(tonic::Status::unauthenticated("the token holds characters that no header can carry").into());
     }
+    // The call ends here as its caller sees it, at the greeting; the next one links to it. The gateway is told of no context:
+    // this span may die with this process, and what the gateway does for a stream would hang on it.
+    let called = shared.call(address);
     let greeting = async {
         let mut inbound = client.connect(request).await?.into_inner();
         let first = inbound.message().await?.ok_or(SessionError::Ended)?.frame;
         Ok(Dialled { control, live, inbound, first })
     };
-    tokio::time::timeout(GREETING_TIMEOUT, greeting).await.map_err(|_| SessionError::Timeout)?
+    let greeted: Result<Dialled, SessionError> =
+        tokio::time::timeout(GREETING_TIMEOUT, greeting).await.unwrap_or(Err(SessionError::Timeout));
+    called.settle(match &greeted {
+        Ok(_) => tonic::Code::Ok,
+        Err(SessionError::Status(status)) => status.code(),
+        Err(SessionError::Timeout) => tonic::Code::DeadlineExceeded,
+        Err(_) => tonic::Code::Unavailable,
+    });
+    greeted
 }
 
 /// A daemon that was told to stop offers what it has once more, and takes nothing on.

@@ -10,7 +10,7 @@ use reliant_observe::tree;
 use reliant_types::{TurnId, pb};
 use serde_json::json;
 
-use super::{checked, named, traced};
+use super::{checked, named, phases_fill, traced};
 use crate::scripts::{MODEL, PATIENCE, one_call, session};
 
 pub const RESTART: Duration = Duration::from_secs(60);
@@ -58,6 +58,9 @@ async fn a_turn_whose_worker_was_killed_links_its_second_attempt_to_its_first() 
     assert!(claims.len() >= 2, "the dead attempt's claim is seen\n{}", tree::text(&spans));
     let link = rounds.iter().flat_map(|round| &round.links).find(|link| claims.contains(&link.span_id.as_str()));
     assert!(link.is_some(), "no attempt links to the one it replaces\n{}", tree::text(&spans));
+    let phases = phases_fill("worker killed", &spans, &ended);
+    // What a death costs is seen as that, and not as a wait for workers.
+    assert!(phases["retry"] > 0.5 && phases["pickup"] < 0.5, "{phases:?}");
     Ok(())
 }
 
@@ -75,6 +78,20 @@ async fn a_call_whose_gateway_was_killed_ends_in_the_same_trace() -> Result<()> 
     assert_eq!(ended.status(), pb::TurnStatus::Succeeded, "{ended:?}");
     let spans = checked(sink, "gateway killed", &ended).await?;
     assert_eq!(named(&spans, "execute_tool").len(), 1, "a call runs once\n{}", tree::text(&spans));
+    phases_fill("gateway killed", &spans, &ended);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_provider_that_is_away_is_not_taken_for_a_lack_of_workers() -> Result<()> {
+    let (rig, sink) = traced(RigOptions::default()).await?;
+    let ada = rig.person("ada").await?;
+    let mut chat = session(&ada, "sim/fault?kind=503&times=2&retry_after=2", pb::ChatMode::Auto).await?;
+    let report = chat.send_and_wait("hello", PATIENCE).await?;
+    assert!(report.succeeded(), "{report:?}");
+    let spans = checked(sink, "away", &report.turn).await?;
+    let phases = phases_fill("away", &spans, &report.turn);
+    assert!(phases["retry"] > 3.0 && phases["pickup"] < 0.5, "{phases:?}");
     Ok(())
 }
 

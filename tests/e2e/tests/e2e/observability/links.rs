@@ -14,7 +14,9 @@ use super::{
     bad_input::metrics,
     checked,
     faults::{RESTART, call_running, turn_of},
-    named, succeeded, traced,
+    named,
+    subjects::all,
+    succeeded, traced,
 };
 use crate::scripts::{MODEL, PATIENCE, one_call, session};
 
@@ -74,6 +76,60 @@ async fn a_result_that_is_offered_again_links_to_its_first_offer() -> Result<()>
     let spans = checked(sink, "offered again", &ended).await?;
     let offers: Vec<_> = named(&spans, "request").into_iter().filter(|span| span.name.contains(".result.")).collect();
     each_links_to_the_one_before(&spans, &offers);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_result_that_comes_over_another_stream_links_to_its_first_offer() -> Result<()> {
+    let (mut rig, sink) = traced(RigOptions::default()).await?;
+    let ada = rig.person("ada").await?;
+    let _daemon = rig.daemon(&ada, "laptop", DaemonOptions::default()).await?;
+    let mut chat = session(&ada, MODEL, pb::ChatMode::Auto).await?;
+    let sent = chat.send(&one_call("shell", json!({ "command": "sleep 1" }))).await?;
+    let (turn, trace) = (turn_of(&sent), sent.turn.unwrap_or_default().trace_id);
+    call_running(&ada, turn).await?;
+    rig.mesh.workers[0].kill();
+    eventually("an offer of the result", PATIENCE, || async {
+        Ok((!named(&sink.store().spans(&trace), "tool.result").is_empty()).then_some(()))
+    })
+    .await?;
+    // Nobody took it yet, and the stream that it came over is gone.
+    rig.mesh.gateways[0].kill();
+    rig.mesh.gateways[0].restart(RESTART).await?;
+    rig.mesh.workers[0].restart(RESTART).await?;
+    let ended = chat.wait_turn(turn, PATIENCE).await?;
+    assert_eq!(ended.status(), pb::TurnStatus::Succeeded, "{ended:?}");
+    let spans = checked(sink, "another stream", &ended).await?;
+    each_links_to_the_one_before(&spans, &named(&spans, "tool.result"));
+    Ok(())
+}
+
+/// Streams are traces of their own: that of a daemon, and that of a viewer.
+#[tokio::test(flavor = "multi_thread")]
+async fn streams_that_are_opened_again_link_to_those_before() -> Result<()> {
+    let (mut rig, sink) = traced(RigOptions::default()).await?;
+    let ada = rig.person("ada").await?;
+    let daemon = rig.daemon(&ada, "laptop", DaemonOptions::default()).await?;
+    let mut chat = session(&ada, MODEL, pb::ChatMode::Auto).await?;
+    rig.mesh.gateways[0].kill();
+    rig.mesh.gateways[0].restart(RESTART).await?;
+    rig.connected(&ada, &daemon.id, true).await?;
+    chat.subscription().disconnect();
+    let report = chat.send_and_wait(&one_call("shell", json!({ "command": "true" })), PATIENCE).await?;
+    succeeded("after new streams", &report);
+    for (method, service) in [
+        ("reliant.v1.TunnelService/Connect", "reliant-daemon"),
+        ("reliant.v1.UpdateService/Subscribe", "reliant-client"),
+    ] {
+        eventually(&format!("a linked {method}"), PATIENCE, || async {
+            let spans = all(sink.store());
+            let mut calls = spans.iter().filter(|span| span.name == method && span.kind == "client");
+            let ids: Vec<_> = calls.clone().map(|span| span.span_id.as_str()).collect();
+            let linked = |span: &Span| span.links.iter().any(|link| ids.contains(&link.span_id.as_str()));
+            Ok(calls.any(|span| span.service.starts_with(service) && linked(span)).then_some(()))
+        })
+        .await?;
+    }
     Ok(())
 }
 

@@ -5,6 +5,7 @@ mod bad_input;
 mod faults;
 mod links;
 mod logs;
+mod metrics;
 mod subjects;
 mod turns;
 
@@ -47,6 +48,22 @@ pub async fn well_formed(sink: &Sink, what: &str, trace: &str) -> Result<Vec<Spa
     let status = sink.store().status();
     assert!(status.repeated < 50 + status.spans as u64 / 100, "spans are exported twice: {status:?}");
     Ok(spans)
+}
+
+/// The phases of a turn make the time between its acceptance and its end, by the database's clock, within 5%: whatever
+/// happened to it on the way, as long as no worker died with a round that it had stored.
+#[track_caller]
+pub fn phases_fill(what: &str, spans: &[Span], turn: &pb::Turn) -> std::collections::BTreeMap<&'static str, f64> {
+    let phases: std::collections::BTreeMap<_, _> = tree::phases(spans).into_iter().collect();
+    let outside = |name: &str| phases.get(name).copied().unwrap_or_default();
+    let sum: f64 = phases.values().sum::<f64>() - outside("accept") - outside("fanout");
+    let seconds = |time: &Option<prost_types::Timestamp>| {
+        time.as_ref().map_or(0.0, |time| time.seconds as f64 + f64::from(time.nanos) / 1e9)
+    };
+    let whole = seconds(&turn.ended_at) - seconds(&turn.created_at);
+    eprintln!("{what}: the phases make {sum:.4} s of {whole:.4} s: {phases:?}");
+    assert!((sum - whole).abs() < 0.05 * whole, "{what}: {sum:.4} s of {whole:.4} s\n{}", tree::text(spans));
+    phases
 }
 
 /// Name, kind and role of a span.

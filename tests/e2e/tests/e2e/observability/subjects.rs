@@ -14,7 +14,7 @@ use serde_json::json;
 use super::{bad_input::metrics, faults::turn_of};
 use crate::scripts::{MODEL, PATIENCE, one_call, session};
 
-fn all(store: &Store) -> Vec<Span> {
+pub fn all(store: &Store) -> Vec<Span> {
     store.list("", false, usize::MAX).iter().flat_map(|trace| store.spans(&trace.trace_id)).collect()
 }
 
@@ -45,7 +45,7 @@ async fn cancel(client: &Client, turn: TurnId) -> Result<()> {
 }
 
 /// Does something of each kind. A receiver of its own sees this mesh alone.
-async fn everything(rig: &Rig) -> Result<()> {
+pub async fn everything(rig: &Rig) -> Result<()> {
     let ada = rig.person("ada").await?;
     let other = Client::connect(ClientConfig::new(rig.mesh.api_url(1), ada.token.clone())).await?;
     let mut feed = ada.client.subscribe(&[], true);
