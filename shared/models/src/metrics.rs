@@ -6,6 +6,7 @@ use std::time::Instant;
 use reliant_telemetry::{
     metrics::{MODEL_COST, MODEL_DURATION, MODEL_FIRST_TOKEN, MODEL_STOPS, MODEL_TOKENS},
     names::attr,
+    trace::record_list,
 };
 use reliant_types::pb;
 use tracing::{Span, field::Empty};
@@ -35,7 +36,6 @@ impl Call {
             { attr::GEN_AI_INPUT_TOKENS } = Empty,
             { attr::GEN_AI_OUTPUT_TOKENS } = Empty,
             { attr::GEN_AI_CACHE_READ_TOKENS } = Empty,
-            { attr::GEN_AI_FINISH_REASONS } = Empty,
             { attr::GEN_AI_FIRST_CHUNK } = Empty,
             { attr::ERROR_TYPE } = Empty,
         );
@@ -81,7 +81,7 @@ impl Call {
                     pb::StopReason::MaxTokens => "max_tokens",
                     pb::StopReason::ContentFilter => "content_filter",
                 };
-                self.span.record(attr::GEN_AI_FINISH_REASONS, reason);
+                record_list(&self.span, attr::GEN_AI_FINISH_REASONS, &[reason]);
                 MODEL_STOPS.with_label_values(&[labels[0], labels[1], reason]).inc();
             }
             _ if std::mem::take(&mut self.first) => {

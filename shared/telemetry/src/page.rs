@@ -3,7 +3,7 @@
 
 use std::{borrow::Cow, sync::OnceLock, time::SystemTime};
 
-use opentelemetry::trace::{SpanContext, SpanId, SpanKind, Status, TraceFlags, TraceState};
+use opentelemetry::trace::{Link, SpanContext, SpanId, SpanKind, Status, TraceFlags, TraceState};
 use opentelemetry_sdk::trace::SpanData;
 
 use crate::{
@@ -64,14 +64,28 @@ pub(crate) fn pipeline() -> Option<&'static Pipeline> {
 /// Queues the spans for the collector; those that are not sampled, or not well formed, are let go. False: some were.
 pub fn export(spans: impl IntoIterator<Item = PageSpan>) -> bool {
     let Some(pipeline) = PAGES.get() else { return false };
-    let mut all = true;
-    for page in spans {
-        match data(&page) {
-            Some(data) => pipeline.pass_on(data),
-            None => all = false,
-        }
-    }
+    let (spans, all) = linked(spans);
+    spans.into_iter().for_each(|span| pipeline.pass_on(span));
     all
+}
+
+/// The well-formed ones, and whether all are. A call that was made again links to the one before it.
+fn linked(pages: impl IntoIterator<Item = PageSpan>) -> (Vec<SpanData>, bool) {
+    let (mut spans, mut all) = (Vec::new(), true);
+    let mut before: Option<SpanContext> = None;
+    for page in pages {
+        let Some(mut span) = data(&page) else {
+            all = false;
+            continue;
+        };
+        if page.kind == PageSpanKind::Call
+            && let Some(before) = before.replace(span.span_context.clone())
+        {
+            span.links.links.push(Link::new(before, Vec::new(), 0));
+        }
+        spans.push(span);
+    }
+    (spans, all)
 }
 
 fn data(page: &PageSpan) -> Option<SpanData> {
@@ -93,6 +107,8 @@ fn data(page: &PageSpan) -> Option<SpanData> {
     if page.kind == PageSpanKind::Call {
         attributes.push(opentelemetry::KeyValue::new(attr::RPC_SYSTEM, "grpc"));
         attributes.push(opentelemetry::KeyValue::new(attr::RPC_METHOD, name));
+        // A page knows whether it got an answer, and no more.
+        attributes.push(opentelemetry::KeyValue::new(attr::RPC_STATUS, if page.failed { "UNKNOWN" } else { "OK" }));
     }
     Some(SpanData {
         span_context: SpanContext::new(trace, id, TraceFlags::SAMPLED, false, TraceState::default()),

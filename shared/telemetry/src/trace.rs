@@ -2,7 +2,7 @@
 //! kill cannot orphan what follows. A malformed or hostile context is no context; it is never an error.
 
 use opentelemetry::{
-    Context,
+    Array, Context, StringValue, Value,
     trace::{SpanContext, SpanId, TraceContextExt, TraceFlags, TraceId, TraceState},
 };
 use std::str::FromStr;
@@ -180,6 +180,12 @@ pub fn hop(parent: &TraceContext, span: Span) -> TraceContext {
     parent.set_parent(&span);
     let context = TraceContext::of(&span);
     if context.is_empty() { parent.clone() } else { context }
+}
+
+/// An attribute that is a list, which a field of a span cannot be.
+pub fn record_list(span: &Span, key: &'static str, values: &[&'static str]) {
+    let values: Vec<StringValue> = values.iter().map(|value| (*value).into()).collect();
+    span.set_attribute(key, Value::Array(Array::String(values)));
 }
 
 fn format_parent(trace: TraceId, span: SpanId, flags: TraceFlags) -> String {

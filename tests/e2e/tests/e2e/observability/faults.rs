@@ -11,7 +11,7 @@ use reliant_types::{TurnId, pb};
 use serde_json::json;
 
 use super::{checked, named, phases_fill, traced};
-use crate::scripts::{MODEL, PATIENCE, one_call, session};
+use crate::scripts::{MODEL, PATIENCE, one_call, script, session};
 
 pub const RESTART: Duration = Duration::from_secs(60);
 
@@ -125,26 +125,37 @@ async fn an_approval_that_outlives_every_role_is_still_of_its_turns_trace() -> R
     Ok(())
 }
 
-/// At any moment, not only at those that were thought of.
+/// At any moment, not only at those that were thought of; each role in turn, with several chats at work.
 #[tokio::test(flavor = "multi_thread")]
 async fn kills_at_random_moments_leave_no_orphans() -> Result<()> {
     let (mut rig, sink) = traced(RigOptions { workers: 2, gateways: 2, ..Default::default() }).await?;
     let ada = rig.person("ada").await?;
-    let _daemon = rig.daemon(&ada, "laptop", DaemonOptions::default()).await?;
+    let mut daemon = rig.daemon(&ada, "laptop", DaemonOptions::default()).await?;
     let mut ended = Vec::new();
-    let kills = std::env::var("RELIANT_TEST_KILLS").ok().and_then(|kills| kills.parse().ok()).unwrap_or(6u64);
+    let kills = std::env::var("RELIANT_TEST_KILLS").ok().and_then(|kills| kills.parse().ok()).unwrap_or(8u64);
     for round in 0..kills {
-        let mut chat = session(&ada, MODEL, pb::ChatMode::Auto).await?;
-        let turn = turn_of(&chat.send(&one_call("shell", json!({ "command": "sleep 0.1" }))).await?);
+        let mut at_work = Vec::new();
+        for text in [one_call("shell", json!({ "command": "sleep 0.1" })), script(json!([{ "text": "hello" }]))] {
+            let chat = session(&ada, MODEL, pb::ChatMode::Auto).await?;
+            let turn = turn_of(&chat.send(&text).await?);
+            at_work.push((chat, turn));
+        }
         tokio::time::sleep(Duration::from_millis(round * 37 % 150)).await;
-        let role = if round % 2 == 0 { &mut rig.mesh.workers[0] } else { &mut rig.mesh.gateways[0] };
+        let role = match round % 4 {
+            0 => &mut rig.mesh.workers[0],
+            1 => &mut rig.mesh.gateways[0],
+            2 => &mut rig.mesh.apis[0],
+            _ => &mut daemon.process,
+        };
         role.kill();
         role.restart(RESTART).await?;
-        ended.push(chat.wait_turn(turn, PATIENCE).await?);
+        for (mut chat, turn) in at_work {
+            ended.push(chat.wait_turn(turn, PATIENCE).await?);
+        }
     }
-    for (round, turn) in ended.iter().enumerate() {
+    for (place, turn) in ended.iter().enumerate() {
         assert_eq!(turn.status(), pb::TurnStatus::Succeeded, "{turn:?}");
-        checked(sink, &format!("killed in round {round}"), turn).await?;
+        checked(sink, &format!("killed in round {}", place / 2), turn).await?;
     }
     Ok(())
 }

@@ -42,12 +42,38 @@ pub async fn well_formed(sink: &Sink, what: &str, trace: &str) -> Result<Vec<Spa
         for key in found.attributes.keys() {
             assert!(attr::is_declared(key), "{what}: the attribute '{key}' of '{}' is not declared", found.name);
         }
+        for key in required(found) {
+            assert!(found.attributes.contains_key(*key), "{what}: '{}' has no '{key}': {found:?}", found.name);
+        }
     }
     // A kill between the collector's answer and the end of its spool's segment repeats that batch, once. All tests of this
     // process share the sink, and only some kill; whatever repeats without a kill repeats far more.
     let status = sink.store().status();
     assert!(status.repeated < 50 + status.spans as u64 / 100, "spans are exported twice: {status:?}");
     Ok(spans)
+}
+
+/// What OpenTelemetry's conventions ask of a span, by its kind and name.
+fn required(found: &Span) -> &'static [&'static str] {
+    let word = found.name.split(' ').next().unwrap_or_default();
+    match (found.kind, word) {
+        (_, span::DB) => &[attr::DB_SYSTEM, attr::DB_OPERATION],
+        (_, span::MODEL_CALL) => {
+            &[attr::GEN_AI_OPERATION, attr::GEN_AI_PROVIDER, attr::GEN_AI_MODEL, attr::SERVER_ADDRESS]
+        }
+        (_, span::TOOL_EXECUTE) => &[attr::GEN_AI_OPERATION, attr::GEN_AI_TOOL_NAME, attr::GEN_AI_TOOL_CALL_ID],
+        (_, span::TOOL_PROCESS) => &[attr::PROCESS_EXECUTABLE, attr::PROCESS_PID],
+        (_, span::BUS_PUBLISH | span::BUS_REQUEST | span::BUS_PROCESS) => &[
+            attr::MESSAGING_SYSTEM,
+            attr::MESSAGING_OPERATION,
+            attr::MESSAGING_OPERATION_TYPE,
+            attr::MESSAGING_TEMPLATE,
+        ],
+        ("client", _) if found.service == "reliant-web" => &[attr::RPC_SYSTEM, attr::RPC_METHOD, attr::RPC_STATUS],
+        ("client", _) => &[attr::RPC_SYSTEM, attr::RPC_METHOD, attr::RPC_STATUS, attr::SERVER_ADDRESS],
+        ("server", name) if name.contains('/') => &[attr::RPC_SYSTEM, attr::RPC_METHOD, attr::RPC_STATUS],
+        _ => &[],
+    }
 }
 
 /// The phases of a turn make the time between its acceptance and its end, by the database's clock, within 5%: whatever

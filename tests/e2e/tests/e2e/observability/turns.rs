@@ -6,7 +6,10 @@ use anyhow::Result;
 use reliant_client::{Approvals, TurnReport};
 use reliant_harness::{DaemonOptions, RigOptions};
 use reliant_observe::{Span, tree};
-use reliant_telemetry::{metrics::Phase, names::attr};
+use reliant_telemetry::{
+    metrics::Phase,
+    names::{attr, span},
+};
 use reliant_types::pb;
 use serde_json::json;
 
@@ -37,6 +40,8 @@ const COMMIT: Hop = ("process reliant.v1.result.{daemon}.{call}", "consumer", "w
 fn common(spans: &[Span]) {
     way(spans, &[ASK, CALL, (SEND, "server", "api")]);
     way(spans, &[ASK, CALL, ACCEPT, WAKE, ("turn.next_step", "internal", "worker")]);
+    way(spans, &[WAKE, (span::TEMPORAL_WAKE, "client", "api")]);
+    way(spans, &[WAKE, ("turn.call_model", "internal", "worker")]);
     way(spans, &[ACCEPT, WAKE, CLAIM, ROUND, ("chat default", "client", "worker")]);
     way(spans, &[CLAIM, ("model.send", "producer", "worker"), ("model_sim.answer", "server", "model-sim")]);
     let publish = ("publish reliant.v1.update.{user}.{chat}", "producer", "worker");
@@ -103,12 +108,23 @@ async fn each_turn_is_one_trace_from_the_click_to_the_process_and_back() -> Resu
     common(&spans);
     tool(&spans, "execute_tool shell");
     let process = way(&spans, &[("execute_tool shell", "internal", "daemon"), ("process.run", "internal", "daemon")]);
-    assert!(process.attributes.contains_key(attr::PROCESS_PID), "{process:?}");
+    assert_eq!(process.attributes.get(attr::PROCESS_EXIT_CODE), Some(&json!(0)), "{process:?}");
+    assert!(!process.error);
     let told = &named(&spans, "tool.send")[0].span_id;
     let given = format!("context=00-{}-{told}-01", report.turn.trace_id);
     assert!(report.tool_calls[0].result.contains(&given), "{given}: {}", report.tool_calls[0].result);
     let phases = phases_add_up("shell", &spans, &report);
     assert!((0.6..0.9).contains(&phase(&phases, "tool_run")), "{phases:?}");
+
+    // What fails is seen where it failed.
+    let mut chat = session(&ada, MODEL, pb::ChatMode::Auto).await?;
+    let report = chat.send_and_wait(&shell("exit 3"), PATIENCE).await?;
+    succeeded("exit 3", &report);
+    let spans = checked(sink, "exit 3", &report.turn).await?;
+    let process = named(&spans, "process.run")[0];
+    assert_eq!(process.attributes.get(attr::PROCESS_EXIT_CODE), Some(&json!(3)), "{process:?}");
+    assert!(process.error && named(&spans, "execute_tool")[0].error, "{}", tree::text(&spans));
+    assert!(spans.iter().filter(|span| span.error).count() == 2, "{}", tree::text(&spans));
 
     let mut chat = session(&ada, MODEL, pb::ChatMode::Auto).await?;
     let time = one_call("mcp__time__get_current_time", json!({ "timezone": "UTC" }));
