@@ -68,7 +68,7 @@ impl Effects {
                     drop(place);
                 });
             }
-            Err(_) => metrics::QUEUE_REFUSED.with_label_values(&["effects"]).inc(),
+            Err(_) => sampled::refused("effects"),
         }
     }
 }

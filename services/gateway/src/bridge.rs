@@ -66,7 +66,7 @@ impl Results {
             return;
         };
         let Ok(place) = self.places.clone().try_acquire_owned() else {
-            metrics::QUEUE_REFUSED.with_label_values(&["tunnel_results"]).inc();
+            sampled::refused("tunnel_results");
             return;
         };
         let key = (call, result.generation);
@@ -167,7 +167,7 @@ impl Allowance {
 /// Live output goes out at once or not at all; what is dropped is refilled from the daemon.
 pub(crate) fn live(bus: &Bus, user: UserId, allowance: &mut Allowance, trace: &TraceContext, output: pb::LiveOutput) {
     if !allowance.take(output.encoded_len(), Instant::now()) {
-        metrics::QUEUE_REFUSED.with_label_values(&["tunnel_output"]).inc();
+        sampled::refused("tunnel_output");
         return;
     }
     let Some((topic, update)) = checked(user, output) else {
@@ -177,7 +177,7 @@ pub(crate) fn live(bus: &Bus, user: UserId, allowance: &mut Allowance, trace: &T
     };
     let sent = tokio::task::unconstrained(bus.publish_with(trace, &topic, &update)).now_or_never();
     if !matches!(sent, Some(Ok(()))) {
-        metrics::QUEUE_REFUSED.with_label_values(&["tunnel_output"]).inc();
+        sampled::refused("tunnel_output");
     }
 }
 

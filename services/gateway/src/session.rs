@@ -4,7 +4,7 @@
 use futures::{FutureExt, StreamExt};
 use reliant_bus::{BusError, PrefixSubject, Received, Subscription, ToolSubject};
 use reliant_runtime::{Drain, TaskKind};
-use reliant_telemetry::{TraceContext, chain, hop, metrics};
+use reliant_telemetry::{TraceContext, chain, hop, metrics, sampled};
 use reliant_types::pb::{self, connect_request, connect_response::Frame, tool_reply::Reply, tool_request::Request};
 use std::{
     sync::Arc,
@@ -199,7 +199,7 @@ impl Routes {
             return;
         };
         if self.pending.is_full() {
-            metrics::QUEUE_REFUSED.with_label_values(&["tunnel_pending"]).inc();
+            sampled::refused("tunnel_pending");
             return;
         }
         let id = self.pending.add(kind, asker);

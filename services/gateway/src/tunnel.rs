@@ -5,7 +5,7 @@ use reliant_middleware::{Principal, require_daemon};
 use reliant_rpc::tunnel_service_server::TunnelService;
 use reliant_runtime::{Drain, TaskKind};
 use reliant_store::{DaemonHello, StoreError};
-use reliant_telemetry::{TraceContext, chain, metrics};
+use reliant_telemetry::{TraceContext, chain, metrics, sampled};
 use reliant_types::{
     Code, DaemonId, Failure, Incarnation,
     pb::{self, connect_request, connect_response::Frame},
@@ -63,6 +63,7 @@ impl Tunnel {
     ) -> Result<Outgoing, Failure> {
         self.check_open()?;
         let place = self.places.clone().try_acquire_owned().map_err(|_| {
+            sampled::refused("daemons");
             Failure::new(Code::QueueFull, "this gateway holds as many daemons as it may; try again")
                 .retry_after(COME_BACK)
         })?;
@@ -73,6 +74,7 @@ impl Tunnel {
             .map_err(|error: reliant_types::id::IdError| Failure::field("hello.incarnation", error.to_string()))?;
         let admission = tokio::time::timeout(ADMISSION_WAIT, self.admissions.acquire());
         let Ok(Ok(_admitted)) = admission.await else {
+            sampled::refused("admissions");
             return Err(Failure::new(Code::QueueFull, "many daemons connect at once; try again").retry_after(COME_BACK));
         };
         // Before the lease: whoever sees the lease must find somebody who listens.

@@ -7,7 +7,7 @@ use std::{
 };
 
 use futures::Stream;
-use reliant_telemetry::{TraceContext, metrics, sampled};
+use reliant_telemetry::{TraceContext, sampled};
 use reliant_types::pb::{self, connect_response::Frame};
 use tokio::sync::mpsc;
 use tonic::Status;
@@ -44,7 +44,7 @@ impl Writer {
         let trace = (!trace.is_empty()).then(|| trace.into());
         self.0.try_send(Box::new(pb::ConnectResponse { trace, request_id, frame: Some(frame) })).map_err(|error| {
             if matches!(error, mpsc::error::TrySendError::Full(_)) {
-                metrics::QUEUE_REFUSED.with_label_values(&["tunnel"]).inc();
+                sampled::refused("tunnel");
             }
             Dropped
         })

@@ -107,7 +107,7 @@ impl Engine {
 
     /// Marks what the chat wanted as seen, behind the caller's back: the caller looks for itself, and again at its end.
     pub fn look(self: &Arc<Self>, chat: ChatId) {
-        let Ok(place) = self.errands.clone().try_acquire_owned() else { return };
+        let Ok(place) = self.errands.clone().try_acquire_owned() else { return sampled::refused("errands") };
         let engine = self.clone();
         tokio::spawn(async move {
             let _place = place;
@@ -132,7 +132,7 @@ impl Engine {
         self.publisher.feed(user, feed);
         let Some(wanted) = wanted.filter(|_| wake) else { return };
         // Over the bound the relay wakes instead.
-        let Ok(place) = self.errands.clone().try_acquire_owned() else { return };
+        let Ok(place) = self.errands.clone().try_acquire_owned() else { return sampled::refused("errands") };
         let engine = self.clone();
         tokio::spawn(async move {
             let _place = place;

@@ -4,7 +4,7 @@
 //! that are none. A full queue drops; Postgres has the events and the producer has the text.
 
 use reliant_bus::{Bus, FeedSubject, UpdateSubject};
-use reliant_telemetry::{TraceContext, chain, metrics, sampled};
+use reliant_telemetry::{TraceContext, chain, sampled};
 use reliant_types::{ChatId, UserId, pb};
 use tokio::sync::mpsc;
 
@@ -114,7 +114,7 @@ impl Publisher {
 
     fn enqueue(&self, hint: Hint) {
         if self.queue.try_send(hint).is_err() {
-            metrics::QUEUE_REFUSED.with_label_values(&["hints"]).inc();
+            sampled::refused("hints");
         }
     }
 }

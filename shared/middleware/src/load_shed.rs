@@ -75,6 +75,7 @@ where
         }
         let Ok(place) = places.clone().try_acquire_owned() else {
             RPC_REFUSED.with_label_values(&["load_shed"]).inc();
+            sampled::refused(if method.streaming { "call_streams" } else { "calls" });
             let failure = Failure::new(Code::QueueFull, "the server is at its limit; try again in a moment");
             return Box::pin(std::future::ready(Ok(reply::refuse(&failure.retry_after(RETRY_AFTER)))));
         };

@@ -159,10 +159,7 @@ impl Store {
         F: Future<Output = Result<T>>,
     {
         let guard = metrics::guard(&metrics::STORE_DURATION, &[name]);
-        let size = i64::from(self.pool.size());
-        let idle = i64::try_from(self.pool.num_idle()).unwrap_or(i64::MAX);
-        metrics::STORE_CONNECTIONS.with_label_values(&["idle"]).set(idle);
-        metrics::STORE_CONNECTIONS.with_label_values(&["used"]).set((size - idle).max(0));
+        self.count_connections();
         let mut tries = 0;
         let result = loop {
             tries += 1;
@@ -190,7 +187,17 @@ impl Store {
             Err(StoreError::Corrupt(_) | StoreError::Migrate(_)) => "failed",
             Err(_) => "refused",
         });
+        self.count_connections();
         result
+    }
+
+    fn count_connections(&self) {
+        let size = i64::from(self.pool.size());
+        let idle = i64::try_from(self.pool.num_idle()).unwrap_or(i64::MAX);
+        let max = i64::from(self.pool.options().get_max_connections());
+        for (state, count) in [("idle", idle), ("used", (size - idle).max(0)), ("max", max)] {
+            metrics::STORE_CONNECTIONS.with_label_values(&[state]).set(count);
+        }
     }
 
     /// A READ COMMITTED transaction. It is begun in a task of its own: a caller that goes away in between must not leave a
@@ -200,6 +207,7 @@ impl Store {
     }
 
     pub(crate) async fn begin_with(&self, statement: &'static str) -> Result<Tx> {
+        let _acquiring = metrics::STORE_ACQUIRE.start_timer();
         let pool = self.pool.clone();
         // A connection that died since its last use says so here, before anything happened.
         for _ in 0..=pool.options().get_max_connections() {

@@ -104,7 +104,7 @@ metrics! {
     pub static PANICS: IntCounter = ("reliant_panics_total", []);
 
     // --- bus
-    /// Time of a publish or request on NATS, by subject template, operation (publish, request, reply) and outcome.
+    /// Time of a publish or request on NATS, by subject template, operation (publish, request, reply) and outcome (ok, no_responders, timeout, disconnected, busy, too_large, undecodable, no_reply_subject, refused, cancelled).
     pub static BUS_DURATION: HistogramVec = ("messaging_client_operation_duration_seconds", ["messaging_destination_template", "messaging_operation_name", "outcome"], HOP_SECONDS);
     /// From a message's receipt until its receiver is done with it, by subject template; of a request, until it is answered.
     pub static BUS_PROCESS: HistogramVec = ("messaging_process_duration_seconds", ["messaging_destination_template"], HOP_SECONDS);
@@ -130,11 +130,11 @@ metrics! {
     pub static TURN_FAILED: IntCounterVec = ("reliant_turn_failed_total", ["code"]);
     /// Chats whose turn waits for a place, because others of the same user are at work; counted up to 10,000.
     pub static TURNS_HELD: IntGauge = ("reliant_turns_held", []);
-    /// Places of model calls: taken, and the room there is (the workers' slots without the reserve).
+    /// Places of model calls, by state (taken, room): those at work, and those there are (the workers' slots without the reserve).
     pub static MODEL_PLACES: IntGaugeVec = ("reliant_model_places", ["state"]);
     /// Model attempts that took over from one that died or was given up.
     pub static TURN_TAKEOVERS: IntCounter = ("reliant_turn_takeovers_total", []);
-    /// Activities and local activities of chat workflows, by kind and outcome.
+    /// Activities and local activities of chat workflows, by kind (next_step, call_model, dispatch) and outcome (ok, failed, cancelled).
     pub static TURN_STEP: HistogramVec = ("reliant_turn_step_seconds", ["step", "outcome"], SECONDS);
 
     // --- model
@@ -148,7 +148,7 @@ metrics! {
     pub static MODEL_COST: IntCounterVec = ("reliant_model_cost_microusd_total", ["provider", "model"]);
     /// Model requests tried again, by reason (rate_limited, server_error, cut, stall, garbage, connect).
     pub static MODEL_RETRIES: IntCounterVec = ("reliant_model_retries_total", ["provider", "reason"]);
-    /// Ends of model answers, by stop reason.
+    /// Ends of model answers, by stop reason (end_turn, tool_use, max_tokens, content_filter, unspecified).
     pub static MODEL_STOPS: IntCounterVec = ("reliant_model_stops_total", ["provider", "model", "reason"]);
     /// Histories that had to be shortened to fit the model's window.
     pub static MODEL_SHORTENED: IntCounter = ("reliant_model_history_shortened_total", []);
@@ -158,7 +158,7 @@ metrics! {
     pub static TOOL_RUN: HistogramVec = ("reliant_tool_run_seconds", ["tool", "status"], LONG_SECONDS);
     /// Dispatches of tool calls, by outcome (started, attached, finished, tombstone, refused, away, timeout, failed).
     pub static TOOL_DISPATCH: IntCounterVec = ("reliant_tool_dispatch_total", ["outcome"]);
-    /// Calls whose outcome cannot be known, by cause.
+    /// Calls whose outcome cannot be known, by cause (process_died, journal_lost, daemon_away).
     pub static TOOL_UNKNOWN: IntCounterVec = ("reliant_tool_outcome_unknown_total", ["cause"]);
     /// Results received, by what became of them. committed: it ended its call. repeated: it had done so before. late: the call had ended otherwise. foreign: of another daemon's or journal's call. unknown: of no call. malformed: of no call that can be. failed, undelivered: not stored or not taken now; it comes again.
     pub static TOOL_RESULTS: IntCounterVec = ("reliant_tool_results_total", ["outcome"]);
@@ -190,11 +190,11 @@ metrics! {
     pub static DAEMON_STREAM_ENDS: IntCounterVec = ("reliant_daemon_stream_ends_total", ["reason"]);
     /// Requests to daemons whose answer is awaited.
     pub static DAEMON_PENDING: IntGauge = ("reliant_daemon_pending_requests", []);
-    /// A request to a daemon over its stream, by frame and outcome.
+    /// A request to a daemon over its stream, by frame (dispatch, cancel, output, prefix) and outcome (answered, unanswered, cancelled).
     pub static DAEMON_REQUEST: HistogramVec = ("reliant_daemon_request_seconds", ["frame", "outcome"], HOP_SECONDS);
     /// Leases refused or lost, because a newer instance or another gateway holds them.
     pub static LEASE_CONFLICTS: IntCounter = ("reliant_lease_conflicts_total", []);
-    /// Lease renewals of a gateway, by outcome.
+    /// Lease renewals of a gateway, by outcome (ok, failed, bus_away).
     pub static LEASE_RENEWALS: IntCounterVec = ("reliant_lease_renewals_total", ["outcome"]);
     /// Reconnects of this daemon.
     pub static DAEMON_RECONNECTS: IntCounter = ("reliant_daemon_reconnects_total", []);
@@ -212,11 +212,13 @@ metrics! {
     pub static QUEUE_REFUSED: IntCounterVec = ("reliant_queue_refused_total", ["queue"]);
     /// Chats woken again by the relay, by reason (unseen, stale, retry; held: they got a place).
     pub static RELAY_REWAKES: IntCounterVec = ("reliant_relay_rewakes_total", ["reason"]);
-    /// Wakes of chat workflows, by outcome.
+    /// Wakes of chat workflows, by outcome (ok, failed, cancelled).
     pub static WAKES: HistogramVec = ("reliant_wake_seconds", ["outcome"], SECONDS);
-    /// A transaction of the store, by name and outcome.
+    /// A transaction of the store, by name and outcome (ok, refused, unavailable, failed, cancelled).
     pub static STORE_DURATION: HistogramVec = ("reliant_store_transaction_seconds", ["name", "outcome"], HOP_SECONDS);
-    /// Database connections, by state (idle, used).
+    /// Getting a connection to the database with a transaction begun on it; the wait for a free one is part of it.
+    pub static STORE_ACQUIRE: Histogram = ("reliant_store_acquire_seconds", [], HOP_SECONDS);
+    /// Database connections, by state (idle, used, max: those that this process may have).
     pub static STORE_CONNECTIONS: IntGaugeVec = ("reliant_store_connections", ["state"]);
     /// Spans and log records that the collector did not take, by signal (traces, logs).
     pub static OTLP_LOST: IntCounterVec = ("reliant_otlp_lost_total", ["signal"]);

@@ -15,7 +15,7 @@ use tokio::{
 };
 
 use crate::metrics::{
-    QUEUE_DEPTH, QUEUE_LIMIT, RUNTIME_BUSY, RUNTIME_LAG, RUNTIME_QUEUE, RUNTIME_TASKS, RUNTIME_THREADS,
+    QUEUE_DEPTH, QUEUE_LIMIT, QUEUE_REFUSED, RUNTIME_BUSY, RUNTIME_LAG, RUNTIME_QUEUE, RUNTIME_TASKS, RUNTIME_THREADS,
 };
 
 const PROBE_INTERVAL: Duration = Duration::from_millis(250);
@@ -83,6 +83,11 @@ pub fn places(name: &'static str, limit: usize) -> Arc<Semaphore> {
     let weak: Weak<Semaphore> = Arc::downgrade(&places);
     watch(name, limit, move || weak.upgrade().map(|places| limit.saturating_sub(places.available_permits())));
     places
+}
+
+/// Counts what a full queue refused, or what was dropped for it. By the queue's name.
+pub fn refused(name: &'static str) {
+    QUEUE_REFUSED.with_label_values(&[name]).inc();
 }
 
 /// Brings the sampled metrics up to date.

@@ -136,7 +136,7 @@ impl Open {
         let mut streams = open.streams.lock();
         let (all, users) = &mut *streams;
         if *all >= open.max {
-            metrics::QUEUE_REFUSED.with_label_values(&["streams"]).inc();
+            sampled::refused("streams");
             return Err(Failure::new(
                 Code::QueueFull,
                 "this server has as many update streams as it can serve; try again",
@@ -145,7 +145,7 @@ impl Open {
         }
         let own = users.entry(user).or_default();
         if *own >= open.user_max {
-            metrics::QUEUE_REFUSED.with_label_values(&["user_streams"]).inc();
+            sampled::refused("user_streams");
             let message = format!("you have {own} update streams open, the most that one user may have; close some");
             return Err(Failure::new(Code::QueueFull, message).retry_after(TRY_AGAIN));
         }

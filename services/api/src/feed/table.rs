@@ -15,7 +15,11 @@ use std::{
 use parking_lot::Mutex;
 use reliant_telemetry::sampled;
 use reliant_types::{Code, Failure};
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::sync::{
+    Notify,
+    mpsc::{self, error::TrySendError},
+    watch,
+};
 
 use super::{state::Cursor, viewer::Viewer};
 
@@ -122,8 +126,10 @@ impl<K: Copy + Eq + Hash> Table<K> {
 
     /// A command that may be lost: it comes again.
     pub fn tell(&self, key: &K, command: Command) {
-        if let Some(entry) = self.0.lock().get(key) {
-            let _ = entry.commands.try_send(command);
+        let entries = self.0.lock();
+        let Some(entry) = entries.get(key) else { return };
+        if let Err(TrySendError::Full(_)) = entry.commands.try_send(command) {
+            sampled::refused("feed_commands");
         }
     }
 }

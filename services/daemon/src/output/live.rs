@@ -7,8 +7,9 @@ use std::{
 };
 
 use parking_lot::RwLock;
+use reliant_telemetry::sampled;
 use reliant_types::{limits, pb};
-use tokio::sync::mpsc;
+use tokio::sync::mpsc::{self, error::TrySendError};
 
 use super::{Block, CallOutput, PIECE_MAX_BYTES};
 
@@ -39,7 +40,11 @@ impl LiveHub {
         let live = pb::LiveOutput { deltas, lengths, user_id: output.user_id.clone(), chat_id: output.chat_id.clone() };
         let trace = Some(pb::TraceContext { traceparent: output.traceparent.clone(), tracestate: String::new() });
         let frame = Some(pb::connect_request::Frame::Output(live));
-        stream.try_send(pb::ConnectRequest { trace, request_id: 0, frame }).is_ok()
+        let sent = stream.try_send(pb::ConnectRequest { trace, request_id: 0, frame });
+        if let Err(TrySendError::Full(_)) = &sent {
+            sampled::refused("daemon_live");
+        }
+        sent.is_ok()
     }
 
     pub fn lengths(&self, output: &CallOutput) {

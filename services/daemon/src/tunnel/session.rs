@@ -287,6 +287,7 @@ async fn receive(
                 working.fetch_add(1, Ordering::AcqRel);
                 if let Err(refused) = requests.try_send(Asked { request_id, trace, frame: asked }) {
                     working.fetch_sub(1, Ordering::AcqRel);
+                    sampled::refused("daemon_requests");
                     refuse(shared, refused.into_inner(), control);
                 }
             }
