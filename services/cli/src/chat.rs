@@ -17,6 +17,8 @@ use crate::{
     up::say,
 };
 
+const TITLE_CHARS: usize = 60;
+
 /// Lines of the terminal; `None` ends the conversation.
 type Input = Lines<BufReader<Stdin>>;
 
@@ -68,18 +70,21 @@ async fn models(client: &Client) -> Result<()> {
     Ok(())
 }
 
+/// A chat's title: the beginning of its first message, in one line.
+fn title(message: &str) -> String {
+    let plain: String = message.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    let words: Vec<&str> = plain.split_whitespace().collect();
+    if words.is_empty() { "Terminal".into() } else { words.join(" ").chars().take(TITLE_CHARS).collect() }
+}
+
 async fn new_chat(client: &Client, args: &ChatArgs) -> Result<ChatId> {
     let mode = match args.mode {
         Mode::Ask => pb::ChatMode::Ask,
         Mode::Auto => pb::ChatMode::Auto,
         Mode::Plan => pb::ChatMode::Plan,
     };
-    let title: String = match args.message.join(" ") {
-        text if text.is_empty() => "Terminal".into(),
-        text => text.chars().take(60).collect(),
-    };
     let request = pb::CreateChatRequest {
-        title,
+        title: title(&args.message.join(" ")),
         daemon_id: front::daemon_id(client, args.daemon.as_deref()).await?,
         model: args.model.clone().unwrap_or_default(),
         mode: mode.into(),
@@ -170,5 +175,17 @@ pub fn ending(turn: &pb::Turn) -> String {
         pb::TurnStatus::Cancelled => "cancelled".into(),
         pb::TurnStatus::Succeeded => "succeeded".into(),
         other => other.as_str_name().to_lowercase(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::title;
+
+    #[test]
+    fn a_message_of_many_lines_makes_a_title_of_one() {
+        assert_eq!(title("mend the\n\ttests\u{7}"), "mend the tests");
+        assert_eq!(title(" \n"), "Terminal");
+        assert_eq!(title(&"ä".repeat(100)).chars().count(), 60);
     }
 }

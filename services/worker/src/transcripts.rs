@@ -43,3 +43,29 @@ impl Transcripts {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_takes_a_transcript_has_it_alone_and_the_quietest_go_first() {
+        let kept = Transcripts::default();
+        let chats: Vec<ChatId> = (0..5).map(|_| ChatId::new()).collect();
+        let quarter = || Transcript::of_bytes(KEPT_MAX_BYTES / 4);
+        for chat in &chats[..4] {
+            kept.put(*chat, quarter());
+        }
+        let first = kept.take(chats[0]).unwrap();
+        assert!(kept.take(chats[0]).is_none());
+        kept.put(chats[0], first);
+        kept.put(chats[4], quarter());
+        assert!(kept.take(chats[1]).is_none(), "it was quiet for longest");
+        assert!(kept.take(chats[0]).is_some() && kept.take(chats[4]).is_some());
+        // What is larger than all that is kept is not kept, and leaves room for others.
+        kept.put(chats[1], Transcript::of_bytes(2 * KEPT_MAX_BYTES));
+        assert!(kept.take(chats[1]).is_none());
+        kept.put(chats[2], quarter());
+        assert!(kept.take(chats[2]).is_some());
+    }
+}

@@ -118,6 +118,12 @@ impl Transcript {
         self.messages.iter().map(|kept| kept.bytes + MESSAGE_BYTES).sum()
     }
 
+    /// For tests of what keeps transcripts.
+    pub fn of_bytes(bytes: usize) -> Self {
+        let kept = Kept { turn: 1, bytes: bytes - MESSAGE_BYTES, message: Arc::default() };
+        Self { messages: vec![kept], whole: true, upto: 1 }
+    }
+
     /// None: older messages than the ones that are here are wanted.
     fn of_turn(&self, turn: i32) -> Option<History> {
         let end = self.messages.partition_point(|kept| kept.turn <= turn);
