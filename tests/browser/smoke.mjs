@@ -3,59 +3,21 @@
 // Usage: node smoke.mjs SIGN_IN_URL [SCREENSHOT_DIR]
 // Ends with 0 when everything was as expected; else says what was not, and saves a picture of it.
 
-import { existsSync, mkdirSync } from "node:fs";
-import { chromium } from "playwright-core";
-
-const DEADLINE_MS = 30_000;
-const BROWSERS = [process.env.RELIANT_CHROMIUM, "/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome"];
-const FLAGS = [
-  "--no-sandbox",
-  "--disable-gpu",
-  "--disable-quic",
-  "--no-first-run",
-  "--disable-background-networking",
-  "--disable-component-update",
-  "--disable-sync",
-];
+import { inBrowser } from "./browser.mjs";
 
 const [url, pictures = "target/browser"] = process.argv.slice(2);
 if (!url) {
   console.error("usage: node smoke.mjs SIGN_IN_URL [SCREENSHOT_DIR]");
   process.exit(2);
 }
-const executablePath = BROWSERS.find((path) => path && existsSync(path));
-if (!executablePath) {
-  console.error("no Chromium was found; run `make tools`, or set RELIANT_CHROMIUM to one");
-  process.exit(2);
-}
-mkdirSync(pictures, { recursive: true });
 
-const browser = await chromium.launch({ executablePath, headless: true, args: FLAGS });
-const context = await browser.newContext({ viewport: { width: 1180, height: 860 } });
-const page = await context.newPage();
-page.setDefaultTimeout(DEADLINE_MS);
-const complaints = [];
-page.on("pageerror", (error) => complaints.push(`the page threw: ${error.message}`));
-page.on("console", (line) => {
-  // The browser's own words for a refused policy, a missing file or an uncaught error.
-  if (line.type() === "error") complaints.push(`the console says: ${line.text()}`);
-});
-
-let step = "opening the sign-in link";
-async function check(name, work) {
-  step = name;
-  const begun = performance.now();
-  await work();
-  console.log(`ok  ${name} (${Math.round(performance.now() - begun)} ms)`);
-}
-
-async function send(text) {
+async function send(page, text) {
   await page.locator("#text").fill(text);
   await page.locator("#send").click();
   await page.locator("article.mine", { hasText: text }).last().waitFor();
 }
 
-try {
+await inBrowser(pictures, async (page, check) => {
   await check("the link signs in and leaves no code in the address", async () => {
     await page.goto(url);
     await page.locator("#app").waitFor({ state: "visible" });
@@ -76,7 +38,7 @@ try {
         if (live?.textContent) window.lengths.add(live.textContent.length);
       }).observe(document.getElementById("transcript"), { childList: true, subtree: true, characterData: true });
     });
-    await send("hello");
+    await send(page, "hello");
     await page.locator("article.theirs:not(.live) > .prose").first().waitFor();
     const lengths = await page.evaluate(() => window.lengths.size);
     if (lengths < 2) throw new Error(`the text was seen at ${lengths} lengths before it was complete`);
@@ -84,7 +46,7 @@ try {
   });
   await page.screenshot({ path: `${pictures}/1-text.png` });
   await check("a shell call succeeds", async () => {
-    await send("run a shell command");
+    await send(page, "run a shell command");
     await page.locator('.tool[data-tool="shell"][data-status="succeeded"]').first().waitFor();
     await page.locator("#cancel").waitFor({ state: "hidden" });
   });
@@ -98,20 +60,10 @@ try {
   });
   await check("a call that must be asked for is approved", async () => {
     await page.locator("#mode:enabled").selectOption("1");
-    await send("run a shell command");
+    await send(page, "run a shell command");
     await page.locator(".approval button.main").last().click();
     await page.locator('.tool[data-tool="shell"][data-status="succeeded"]').nth(1).waitFor();
   });
   await page.emulateMedia({ colorScheme: "dark" });
   await page.screenshot({ path: `${pictures}/3-dark.png` });
-  if (complaints.length > 0) throw new Error(complaints.join("\n"));
-  console.log(`the browser saw everything; pictures are in ${pictures}`);
-} catch (error) {
-  await page.screenshot({ path: `${pictures}/failed.png` }).catch(() => {});
-  console.error(`FAILED at: ${step}\n${error.message}`);
-  for (const complaint of complaints) console.error(complaint);
-  console.error(`a picture is in ${pictures}/failed.png`);
-  process.exitCode = 1;
-} finally {
-  await browser.close();
-}
+});

@@ -5,11 +5,13 @@
 const $ = (id) => document.getElementById(id);
 const REFRESH_MS = 2000;
 // Fixed, so that a role and a phase look the same in every trace.
-const ROLES = { client: "#7a5af8", api: "#1f6feb", worker: "#1a7f37", gateway: "#b35900", daemon: "#c2255c", "model-sim": "#0c8599" };
+const ROLES = { client: "#7a5af8", api: "#1f6feb", worker: "#1a7f37", gateway: "#b35900", daemon: "#c2255c", web: "#ae3ec9", "model-sim": "#0c8599" };
 const PHASES = {
-  accept: "#1f6feb", enqueue: "#748ffc", pickup: "#4dabf7", context: "#12b886", model_first_token: "#0c8599", model_stream: "#66d9e8",
-  approval_wait: "#fab005", tool_route: "#e8590c", tool_run: "#c2255c", tool_return: "#f783ac", persist: "#7950f2", fanout: "#868e96",
+  accept: "#1f6feb", held: "#b08968", enqueue: "#748ffc", pickup: "#4dabf7", context: "#12b886", model_first_token: "#0c8599", model_stream: "#66d9e8",
+  approval_wait: "#fab005", tool_route: "#e8590c", tool_run: "#c2255c", tool_return: "#f783ac", persist: "#7950f2", fanout: "#868e96", retry: "#b3261e",
 };
+// What a newer sender calls a phase or a role is drawn, too.
+const OTHER = "#868e96";
 
 let chosen = "";
 let shown = "";
@@ -68,13 +70,13 @@ function drawPhases(phases) {
   $("phases").replaceChildren(...phases.map(([name, seconds]) => {
     const part = make("div", { title: `${name}: ${(seconds * 1000).toFixed(1)} ms` });
     part.style.width = `${(100 * seconds) / total}%`;
-    part.style.background = PHASES[name];
+    part.style.background = PHASES[name] ?? OTHER;
     return part;
   }));
   $("phases").setAttribute("aria-label", phases.map(([name, seconds]) => `${name} ${share(seconds)}`).join(", "));
   const rows = phases.map(([name, seconds]) => {
     const swatch = make("span", { class: "swatch" });
-    swatch.style.background = PHASES[name];
+    swatch.style.background = PHASES[name] ?? OTHER;
     return make("tr", {}, make("td", {}, swatch, name), make("td", { class: "number" }, `${(seconds * 1000).toFixed(1)} ms`), make("td", { class: "number" }, share(seconds)));
   });
   rows.push(make("tr", {}, make("td", {}, make("b", {}, "sum")), make("td", { class: "number" }, make("b", {}, `${(total * 1000).toFixed(1)} ms`)), make("td")));
@@ -97,7 +99,7 @@ function drawSpans(trace) {
     const bar = make("div", { class: "bar" });
     bar.style.left = `${(100 * (span.start_us - begin)) / whole}%`;
     bar.style.width = `${(100 * (span.end_us - span.start_us)) / whole}%`;
-    bar.style.setProperty("--role", ROLES[role(span.service)] ?? "#868e96");
+    bar.style.setProperty("--role", ROLES[role(span.service)] ?? OTHER);
     const name = make("td", { class: "name", title: span.name }, span.name);
     name.style.paddingLeft = `${0.4 + span.depth * 0.9}rem`;
     if (span.error) name.append(make("span", { class: "bad" }, " error"));
@@ -134,9 +136,14 @@ async function draw() {
   try {
     trace = await ask(`api/traces/${encodeURIComponent(chosen)}`);
   } catch (error) {
+    // Nothing of the one shown before may stand under this one's name.
+    shown = "";
     $("trace").hidden = false;
     $("title").textContent = chosen;
     $("facts").textContent = error.message;
+    drawPhases([]);
+    $("spans").tBodies[0].replaceChildren();
+    drawLogs([]);
     return;
   }
   const state = `${trace.trace_id} ${trace.spans.length} ${trace.logs.length}`;

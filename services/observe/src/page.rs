@@ -89,3 +89,48 @@ async fn one(State(store): State<Store>, Path(id): Path<String>) -> Response {
     let (phases, text) = (tree::phases(&spans), tree::text(&spans));
     Json(Trace { spans: tree::nodes(&spans), logs: store.logs(&trace_id), phases, text, trace_id }).into_response()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use reliant_telemetry::metrics::Phase;
+
+    /// The entries of a constant of the page: names, and colours.
+    fn colours(constant: &str) -> Vec<(&'static str, &'static str)> {
+        let script = include_str!("../page/page.js");
+        let begin = format!("const {constant} = {{");
+        let rest = script.split_once(&begin).expect("the page has this constant").1;
+        let entries = rest.split_once('}').expect("it ends").0.split(',').filter_map(|entry| entry.split_once(':'));
+        entries.map(|(name, colour)| (name.trim().trim_matches('"'), colour.trim().trim_matches('"'))).collect()
+    }
+
+    #[track_caller]
+    fn is_told_apart(constant: &str, name: &str) {
+        let all = colours(constant);
+        let own = all.iter().find(|(of, _)| *of == name);
+        let (_, own) = own.unwrap_or_else(|| panic!("'{name}' is not in {constant} of page.js"));
+        let alike: Vec<_> = all.iter().filter(|(_, colour)| colour == own).collect();
+        assert_eq!(alike.len(), 1, "one colour for {alike:?}");
+    }
+
+    #[test]
+    fn every_phase_has_a_colour_of_its_own() {
+        for phase in Phase::ALL {
+            is_told_apart("PHASES", phase.as_str());
+        }
+    }
+
+    #[test]
+    fn every_role_has_a_colour_of_its_own() {
+        let services = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("services");
+        let roles = std::fs::read_dir(services)
+            .expect("services can be read")
+            .map(|entry| entry.expect("an entry").file_name().into_string().expect("UTF-8"));
+        // The command line is a client to a trace, and this receiver sends no span of its own.
+        let roles = roles.filter(|role| role != "cli" && role != "observe");
+        for role in roles.chain(["client".to_owned()]) {
+            is_told_apart("ROLES", &role);
+        }
+    }
+}

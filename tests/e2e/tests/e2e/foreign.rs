@@ -1,12 +1,19 @@
 //! Clients that share no code with reliant: Python's grpcio, and a real browser.
 
-use std::{path::Path, process::Stdio};
+use std::{
+    path::{Path, PathBuf},
+    process::Stdio,
+};
 
-use crate::observability::{traced, way, well_formed};
+use crate::{
+    observability::{checked, succeeded, traced, way, well_formed},
+    scripts::{MODEL, PATIENCE, one_call, session},
+};
 use anyhow::{Context as _, Result, ensure};
 use reliant_harness::{DaemonOptions, Rig, RigOptions, tools_dir};
 use reliant_observe::tree;
 use reliant_types::pb;
+use serde_json::json;
 use tokio::{io::AsyncWriteExt as _, process::Command};
 
 const LOGIN_CODE_TTL: std::time::Duration = std::time::Duration::from_secs(600);
@@ -35,6 +42,21 @@ async fn python_grpcio_learns_all_by_reflection() -> Result<()> {
     Ok(())
 }
 
+/// Runs a flow through a real browser. With `TEST_PICTURES`, its pictures are kept in that directory.
+async fn in_browser(rig: &Rig, flow: &str, arguments: &[&str]) -> Result<()> {
+    let pictures = std::env::var_os("TEST_PICTURES").map_or_else(|| rig.dir().join("screenshots"), PathBuf::from);
+    let status = Command::new("node")
+        .arg(repository().join("tests/browser").join(flow))
+        .args(arguments)
+        .arg(pictures)
+        .kill_on_drop(true)
+        .status()
+        .await
+        .context("node could not be started")?;
+    ensure!(status.success(), "the browser test {flow} failed");
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_browser_signs_in_chats_and_sees_a_tool_run() -> Result<()> {
     // Slow enough that a person, and the test, sees the text grow.
@@ -44,15 +66,7 @@ async fn a_browser_signs_in_chats_and_sees_a_tool_run() -> Result<()> {
     let _daemon = rig.daemon(&ada, "laptop", DaemonOptions::default()).await?;
     let code = rig.store.create_login_code(ada.user, LOGIN_CODE_TTL).await?;
     let url = format!("{}/#code={code}", rig.mesh.api_url(0));
-    let status = Command::new("node")
-        .arg(repository().join("tests/browser/smoke.mjs"))
-        .arg(&url)
-        .arg(rig.dir().join("screenshots"))
-        .kill_on_drop(true)
-        .status()
-        .await
-        .context("node could not be started")?;
-    ensure!(status.success(), "the browser test failed");
+    in_browser(&rig, "smoke.mjs", &[&url]).await?;
 
     // Each message's trace begins at the click.
     let chats = ada.client.list_chats(pb::ListChatsRequest::default()).await?.chats;
@@ -71,4 +85,17 @@ async fn a_browser_signs_in_chats_and_sees_a_tool_run() -> Result<()> {
         ensure!(roots == 1 && tree::orphans(&spans).is_empty(), "not one whole trace\n{}", tree::text(&spans));
     }
     Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_browser_finds_a_turn_on_the_trace_page_and_sees_where_its_time_went() -> Result<()> {
+    let (rig, sink) = traced(RigOptions::default()).await?;
+    let ada = rig.person("ada").await?;
+    let _daemon = rig.daemon(&ada, "laptop", DaemonOptions::default()).await?;
+    let mut chat = session(&ada, MODEL, pb::ChatMode::Auto).await?;
+    // Long enough that a tool's time is a part that can be seen.
+    let report = chat.send_and_wait(&one_call("shell", json!({ "command": "sleep 0.3" })), PATIENCE).await?;
+    succeeded("on the page", &report);
+    checked(sink, "on the page", &report.turn).await?;
+    in_browser(&rig, "observe.mjs", &[sink.url(), &report.turn.trace_id, &chat.chat().to_string()]).await
 }
