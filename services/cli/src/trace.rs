@@ -45,7 +45,7 @@ pub async fn show(args: TraceArgs) -> Result<()> {
         answer.with_context(|| format!("the trace receiver at {url} does not answer; does `reliant up --observe` run?"))
     };
     if !wanted.is_empty() {
-        let (status, body) = get(format!("/api/traces/{wanted}")).await?;
+        let (status, body) = get(format!("/api/traces/{wanted}/text")).await?;
         if status == 200 {
             return print(&body);
         }
@@ -56,7 +56,7 @@ pub async fn show(args: TraceArgs) -> Result<()> {
     let Some(newest) = listed.first() else {
         bail!("no trace of a turn here begins with '{wanted}', and none is of such a chat");
     };
-    let (_, body) = get(format!("/api/traces/{}", newest.trace_id)).await?;
+    let (_, body) = get(format!("/api/traces/{}/text", newest.trace_id)).await?;
     print(&body)
 }
 

@@ -37,6 +37,7 @@ pub(crate) fn router(store: Store) -> Router {
         .route("/api/status", get(|State(store): State<Store>| async move { Json(store.status()) }))
         .route("/api/traces", get(list))
         .route("/api/traces/{id}", get(one))
+        .route("/api/traces/{id}/text", get(text))
         .layer(middleware::from_fn(guarded))
         .with_state(store)
 }
@@ -68,7 +69,7 @@ struct Asked {
 }
 
 async fn list(State(store): State<Store>, Query(asked): Query<Asked>) -> Json<Vec<Summary>> {
-    Json(store.list(asked.search.trim(), !asked.all, LIST_MAX))
+    Json(store.list(&asked.search.trim().to_ascii_lowercase(), !asked.all, LIST_MAX))
 }
 
 #[derive(Serialize)]
@@ -78,16 +79,29 @@ struct Trace {
     logs: Vec<Log>,
     /// Seconds.
     phases: Vec<(&'static str, f64)>,
-    text: String,
 }
 
 async fn one(State(store): State<Store>, Path(id): Path<String>) -> Response {
-    let Some(trace_id) = store.find(&id.to_ascii_lowercase()) else {
-        return (StatusCode::NOT_FOUND, "this trace is not here, or its beginning fits several").into_response();
-    };
+    let Some(trace_id) = store.find(&id.to_ascii_lowercase()) else { return not_here() };
     let spans = store.spans(&trace_id);
-    let (phases, text) = (tree::phases(&spans), tree::text(&spans));
-    Json(Trace { spans: tree::nodes(&spans), logs: store.logs(&trace_id), phases, text, trace_id }).into_response()
+    let (nodes, phases) = (tree::nodes(&spans), tree::phases(&spans));
+    Json(Trace { spans: nodes, logs: store.logs(&trace_id), phases, trace_id }).into_response()
+}
+
+/// For a terminal: a long trace whole, at a tenth of its bytes.
+#[derive(Serialize)]
+struct Text {
+    trace_id: String,
+    text: String,
+}
+
+async fn text(State(store): State<Store>, Path(id): Path<String>) -> Response {
+    let Some(trace_id) = store.find(&id.to_ascii_lowercase()) else { return not_here() };
+    Json(Text { text: tree::text(&store.spans(&trace_id)), trace_id }).into_response()
+}
+
+fn not_here() -> Response {
+    (StatusCode::NOT_FOUND, "this trace is not here, or its beginning fits several").into_response()
 }
 
 #[cfg(test)]

@@ -52,7 +52,11 @@ async fn spans_and_logs_arrive_and_are_shown() {
     assert!(status == 200 && page.contains("content-security-policy") && !page.contains("://"), "{page}");
     let (status, shown) = get(observe.addr(), &own, &format!("/api/traces/{}", &trace[..12])).await;
     assert!(status == 200 && shown.contains("tool.dispatch") && shown.contains("\"critical\""), "{shown}");
-    assert_eq!(get(observe.addr(), &own, "/api/traces/ffff").await.0, 404);
+    let (status, printed) = get(observe.addr(), &own, &format!("/api/traces/{trace}/text")).await;
+    assert!(status == 200 && printed.contains("3 spans in ") && !printed.contains("\"spans\""), "{printed}");
+    for nowhere in ["/api/traces/ffff", "/api/traces/ffff/text"] {
+        assert_eq!(get(observe.addr(), &own, nowhere).await.0, 404);
+    }
     let (status, list) = get(observe.addr(), &own, "/api/traces?search=c-1&all=true").await;
     assert!(status == 200 && list.contains(&trace), "{list}");
     // A page of another site that points its name at this machine.

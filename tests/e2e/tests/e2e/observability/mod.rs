@@ -2,6 +2,7 @@
 //! input decides nothing. `SHOW_TRACES=1` prints each trace.
 
 mod bad_input;
+mod command;
 mod faults;
 mod links;
 mod logs;
