@@ -11,8 +11,8 @@ use serde::{Serialize, Serializer};
 use serde_json::Value;
 
 /// Of one attribute's text, and of one log line.
-const TEXT_MAX_BYTES: usize = 2048;
-const ATTRIBUTES_MAX: usize = 64;
+pub(crate) const TEXT_MAX_BYTES: usize = 2048;
+pub(crate) const ATTRIBUTES_MAX: usize = 64;
 const LINKS_MAX: usize = 32;
 const ARRAY_MAX: usize = 32;
 
@@ -56,6 +56,16 @@ impl Span {
         self.attributes.get(key).and_then(Value::as_str).unwrap_or_default()
     }
 
+    /// What it takes, about: without what allocators and maps add.
+    pub(crate) fn bytes(&self) -> usize {
+        let ids = [&self.trace_id, &self.span_id, &self.parent_id];
+        let texts = ids.into_iter().chain([&self.name, &self.service, &self.instance]).map(String::capacity);
+        let links = self.links.iter().map(|link| size_of::<Link>() + link.trace_id.len() + link.span_id.len());
+        // Its id is in its trace's set, too.
+        let own = size_of::<Self>() + size_of::<String>() + self.span_id.len();
+        own + texts.chain(links).sum::<usize>() + bytes_of(&self.attributes)
+    }
+
     pub fn seconds(&self) -> f64 {
         self.end_ns.saturating_sub(self.start_ns) as f64 / 1e9
     }
@@ -70,6 +80,30 @@ pub struct Log {
     pub service: String,
     pub message: String,
     pub attributes: BTreeMap<String, Value>,
+}
+
+impl Log {
+    /// What it takes, about.
+    pub(crate) fn bytes(&self) -> usize {
+        let texts = [&self.span_id, &self.level, &self.service, &self.message].map(String::capacity);
+        size_of::<Self>() + texts.iter().sum::<usize>() + bytes_of(&self.attributes)
+    }
+}
+
+fn bytes_of(attributes: &BTreeMap<String, Value>) -> usize {
+    attributes.iter().map(|(key, value)| size_of::<String>() + key.capacity() + value_bytes(value)).sum()
+}
+
+fn value_bytes(value: &Value) -> usize {
+    let inside = match value {
+        Value::String(text) => text.capacity(),
+        Value::Array(values) => values.iter().map(value_bytes).sum(),
+        Value::Object(pairs) => {
+            pairs.iter().map(|(key, value)| size_of::<String>() + key.capacity() + value_bytes(value)).sum()
+        }
+        Value::Null | Value::Bool(_) | Value::Number(_) => 0,
+    };
+    size_of::<Value>() + inside
 }
 
 /// `None` where the ids are not what the protocol says.
@@ -140,7 +174,12 @@ fn value(wire: Any, depth: usize) -> Value {
         Any::BoolValue(flag) => Value::from(flag),
         Any::IntValue(number) => Value::from(number),
         Any::DoubleValue(number) => Value::from(number),
-        Any::ArrayValue(array) if depth < 2 => array.values.into_iter().take(ARRAY_MAX).map(inner).collect(),
+        Any::ArrayValue(array) if depth < 2 => {
+            let mut kept: Vec<Value> = array.values.into_iter().take(ARRAY_MAX).map(inner).collect();
+            // The space of the sender's long array may have been taken over.
+            kept.shrink_to_fit();
+            Value::Array(kept)
+        }
         Any::KvlistValue(list) if depth < 2 => {
             let pairs = list.values.into_iter().take(ARRAY_MAX);
             Value::Object(pairs.filter_map(|pair| Some((cut(pair.key), inner(pair.value?)))).collect())
@@ -151,5 +190,30 @@ fn value(wire: Any, depth: usize) -> Value {
 
 fn cut(mut text: String) -> String {
     text.truncate(text.floor_char_boundary(TEXT_MAX_BYTES));
+    // What was cut off must not be kept as empty space.
+    text.shrink_to_fit();
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use opentelemetry_proto::tonic::common::v1::ArrayValue;
+
+    #[test]
+    fn what_is_cut_off_is_let_go() {
+        let text = |bytes| Any::StringValue("x".repeat(bytes));
+        let element = AnyValue { value: Some(text(10)) };
+        let array = Any::ArrayValue(ArrayValue { values: vec![element; 100_000] });
+        for (what, wire) in [("a text", text(1_000_000)), ("an array", array)] {
+            let kept = value(wire, 0);
+            let space = match &kept {
+                Value::String(text) => text.capacity(),
+                Value::Array(values) => values.capacity() * size_of::<Value>(),
+                other => panic!("{what} became {other}"),
+            };
+            assert!(space <= 2 * TEXT_MAX_BYTES, "{what} keeps {space} bytes");
+            assert!(value_bytes(&kept) <= 2 * TEXT_MAX_BYTES, "{what} counts as {}", value_bytes(&kept));
+        }
+    }
 }

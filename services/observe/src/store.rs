@@ -1,5 +1,5 @@
-//! The newest traces, within limits. A trace that spans still come for is the newest; the one that was quiet longest goes
-//! first.
+//! The newest traces, within limits of number and of bytes. A trace that spans still come for is the newest; the one that
+//! was quiet longest goes first, and whole.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -13,9 +13,13 @@ use serde::Serialize;
 
 use crate::model::{Log, Span};
 
-/// What is kept. A span takes about 1 KiB.
+/// What is kept. A span of ours takes about 1 KiB; a stranger's may take a hundred times that.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
+    /// Of all spans and log lines.
+    pub bytes: usize,
+    /// Of one trace: what is past it is dropped, so that no trace takes the place of all others.
+    pub trace_bytes: usize,
     pub traces: usize,
     pub spans: usize,
     /// Of one trace.
@@ -26,7 +30,14 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { traces: 5_000, spans: 100_000, trace_spans: 5_000, trace_logs: 500 }
+        Self {
+            bytes: 128 * 1024 * 1024,
+            trace_bytes: 16 * 1024 * 1024,
+            traces: 5_000,
+            spans: 100_000,
+            trace_spans: 5_000,
+            trace_logs: 500,
+        }
     }
 }
 
@@ -51,6 +62,8 @@ struct Trace {
     spans: Vec<Span>,
     ids: HashSet<String>,
     logs: Vec<Log>,
+    /// Of its spans and log lines.
+    bytes: usize,
     touched: u64,
     at: Instant,
 }
@@ -60,6 +73,8 @@ struct Trace {
 pub struct Status {
     pub traces: usize,
     pub spans: usize,
+    /// Of spans and log lines, about.
+    pub bytes: usize,
     /// Traces that made room for newer ones.
     pub evicted: u64,
     /// Spans and log lines past a trace's limit, or malformed.
@@ -106,13 +121,7 @@ impl Store {
     pub(crate) fn add_logs(&self, logs: impl Iterator<Item = (String, Log)>) {
         let mut inner = self.inner.lock();
         for (trace, log) in logs {
-            let limit = inner.limits.trace_logs;
-            let entry = inner.trace(&trace);
-            if entry.logs.len() < limit {
-                entry.logs.push(log);
-            } else {
-                inner.status.dropped += 1;
-            }
+            inner.add_log(&trace, log);
         }
         inner.make_room();
     }
@@ -173,6 +182,7 @@ impl Inner {
             spans: Vec::new(),
             ids: HashSet::new(),
             logs: Vec::new(),
+            bytes: 0,
             touched: 0,
             at: Instant::now(),
         });
@@ -184,23 +194,44 @@ impl Inner {
     }
 
     fn add_span(&mut self, span: Span) {
-        let limit = self.limits.trace_spans;
+        let (limits, bytes) = (self.limits, span.bytes());
         let trace = self.trace(&span.trace_id);
-        if trace.spans.len() >= limit {
+        if trace.spans.len() >= limits.trace_spans || trace.bytes + bytes > limits.trace_bytes {
             self.status.dropped += 1;
         } else if trace.ids.insert(span.span_id.clone()) {
+            trace.bytes += bytes;
             trace.spans.push(span);
             self.status.spans += 1;
+            self.status.bytes += bytes;
         } else {
             self.status.repeated += 1;
         }
     }
 
+    fn add_log(&mut self, trace: &str, log: Log) {
+        let (limits, bytes) = (self.limits, log.bytes());
+        let trace = self.trace(trace);
+        if trace.logs.len() >= limits.trace_logs || trace.bytes + bytes > limits.trace_bytes {
+            self.status.dropped += 1;
+        } else {
+            trace.bytes += bytes;
+            trace.logs.push(log);
+            self.status.bytes += bytes;
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        self.traces.len() > self.limits.traces
+            || self.status.spans > self.limits.spans
+            || self.status.bytes > self.limits.bytes
+    }
+
     fn make_room(&mut self) {
-        while self.traces.len() > self.limits.traces || self.status.spans > self.limits.spans {
+        while self.is_over() {
             let Some((_, oldest)) = self.order.pop_first() else { return };
             if let Some(trace) = self.traces.remove(&oldest) {
                 self.status.spans -= trace.spans.len();
+                self.status.bytes -= trace.bytes;
                 self.status.evicted += 1;
             }
         }
@@ -231,6 +262,7 @@ fn summary(id: &str, trace: &Trace) -> Summary {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::{ATTRIBUTES_MAX, TEXT_MAX_BYTES};
 
     fn span(trace: usize, span: usize, parent: &str) -> Option<Span> {
         Some(Span {
@@ -251,7 +283,7 @@ mod tests {
 
     #[test]
     fn it_is_bounded_and_the_quietest_trace_goes_first() {
-        let store = Store::new(Limits { traces: 3, spans: 10, trace_spans: 5, trace_logs: 1 });
+        let store = Store::new(Limits { traces: 3, spans: 10, trace_spans: 5, trace_logs: 1, ..Limits::default() });
         for trace in 1..=3 {
             store.add_spans(std::iter::once(span(trace, 1, "")));
         }
@@ -264,6 +296,69 @@ mod tests {
         assert_eq!(store.spans(&format!("{:032x}", 5)).len(), 5);
         store.add_spans([None, span(5, 1, "")].into_iter());
         assert_eq!(store.status().dropped, 96, "one is malformed, one is over its trace's limit");
+    }
+
+    /// As fat as the receiver takes one.
+    fn fat(trace: usize, id: usize) -> Option<Span> {
+        let attribute = |key: usize| (format!("key.{key}"), "x".repeat(TEXT_MAX_BYTES).into());
+        Some(Span { attributes: (0..ATTRIBUTES_MAX).map(attribute).collect(), ..span(trace, id, "")? })
+    }
+
+    fn line(trace: usize) -> (String, Log) {
+        let log = Log {
+            span_id: format!("{trace:016x}"),
+            time_ns: 1,
+            level: "INFO".into(),
+            service: "reliant-api".into(),
+            message: "x".repeat(TEXT_MAX_BYTES),
+            attributes: BTreeMap::new(),
+        };
+        (format!("{trace:032x}"), log)
+    }
+
+    /// What is said to be held is what is held.
+    #[track_caller]
+    fn adds_up(store: &Store) -> Status {
+        let inner = store.inner.lock();
+        let spans = inner.traces.values().flat_map(|trace| &trace.spans).map(Span::bytes);
+        let logs = inner.traces.values().flat_map(|trace| &trace.logs).map(Log::bytes);
+        assert_eq!(inner.status.bytes, spans.chain(logs).sum::<usize>());
+        inner.status
+    }
+
+    const MIB: usize = 1024 * 1024;
+
+    #[test]
+    fn fat_spans_are_bounded_by_their_bytes() {
+        let store = Store::new(Limits { bytes: 2 * MIB, trace_bytes: MIB, ..Limits::default() });
+        for trace in 1..=100 {
+            store.add_spans(std::iter::once(fat(trace, 1)));
+            assert!(adds_up(&store).bytes <= 2 * MIB, "after {trace} spans: {:?}", store.status());
+        }
+        let status = store.status();
+        assert!(status.spans >= 10 && status.evicted as usize + status.spans == 100, "{status:?}");
+        let left = |trace: usize| store.spans(&format!("{trace:032x}")).len();
+        assert_eq!((left(1), left(100)), (0, 1), "the oldest goes, the newest stays");
+        // One trace without an end takes its own share, and leaves others theirs.
+        store.add_spans((0..1_000).map(|id| fat(101, id)));
+        let status = adds_up(&store);
+        assert!(left(101) >= 5 && left(100) == 1 && status.bytes <= 2 * MIB, "{status:?}");
+        assert_eq!(status.dropped as usize, 1_000 - left(101));
+    }
+
+    #[test]
+    fn log_lines_alone_are_bounded_by_their_bytes() {
+        let store = Store::new(Limits { bytes: 2 * MIB, trace_bytes: MIB, ..Limits::default() });
+        for trace in 1..=4_000 {
+            store.add_logs(std::iter::once(line(trace)));
+        }
+        let status = adds_up(&store);
+        assert!(status.bytes <= 2 * MIB && status.bytes > MIB && status.evicted > 2_000, "{status:?}");
+        assert_eq!((store.logs(&line(1).0).len(), store.logs(&line(4_000).0).len()), (0, 1));
+        store.add_logs((0..1_000).map(|_| line(4_001)));
+        let status = adds_up(&store);
+        assert!(status.bytes <= 2 * MIB && status.dropped >= 500, "{status:?}");
+        assert_eq!(store.logs(&line(4_000).0).len(), 1);
     }
 
     #[test]

@@ -36,7 +36,8 @@ pub fn sink() -> Result<&'static Sink> {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
         let Ok(runtime) = runtime else { return };
         runtime.block_on(async move {
-            let limits = Limits { traces: 50_000, spans: 500_000, ..Limits::default() };
+            // Of all tests together: none may lose its trace to another.
+            let limits = Limits { bytes: 1024 * 1024 * 1024, traces: 50_000, spans: 500_000, ..Limits::default() };
             let listen = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
             let Ok(observe) = Observe::start(ObserveConfig { listen, limits }).await else { return };
             let telemetry = TelemetryConfig {
