@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use cargo_metadata::MetadataCommand;
 
-use crate::{cargo, imports};
+use crate::{cargo, imports, log_fields};
 
 /// A path in a document that begins with one of these must exist.
 const DOCUMENTED: &[&str] = &[
@@ -66,10 +66,16 @@ pub fn run(root: &Path) -> Result<()> {
         found.extend(bare_errors(&text).map(|line| {
             format!("{}:{line} logs an error without its causes; write error = %chain(&error)", path.display())
         }));
+        found.extend(log_fields::bare_entities(&text).into_iter().map(|(line, name)| {
+            format!(
+                "{}:{line} logs the field '{name}'; write {name}.id, or what shared/telemetry/src/names.rs has",
+                path.display()
+            )
+        }));
     }
     if found.is_empty() {
         println!(
-            "checked: import directions, paths in documents, lock files, leftovers, logged errors in {} files",
+            "checked: import directions, paths in documents, lock files, leftovers, logged errors and ids in {} files",
             files.len()
         );
         return Ok(());

@@ -4,6 +4,7 @@
 
 mod check;
 mod imports;
+mod log_fields;
 mod sqlx;
 mod test;
 

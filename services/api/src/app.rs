@@ -42,12 +42,14 @@ pub fn answer<T>(outcome: Result<T, Failure>) -> Result<Response<T>, Status> {
     outcome.map(Response::new).map_err(|failure| reliant_rpc::status(&failure))
 }
 
-/// A store's error as its caller meets it. What is nobody's mistake but ours is logged here, with its chain, once.
+/// A store's error as its caller meets it. What is nobody's mistake but ours is logged here, with its chain, once; the
+/// store itself has said which statement the database refused.
 pub fn refused(error: StoreError) -> Failure {
     let causes = chain(&error).to_string();
+    let was_said = matches!(error, StoreError::Internal(_));
     let failure = Failure::from(error);
     match failure.code {
-        Code::Internal => tracing::error!(error = causes, "a request failed in the store"),
+        Code::Internal if !was_said => tracing::error!(error = causes, "a request failed in the store"),
         Code::Unavailable => tracing::warn!(error = causes, "the store did not answer"),
         _ => {}
     }

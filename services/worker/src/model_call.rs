@@ -179,7 +179,7 @@ async fn release(engine: &Arc<Engine>, turn: TurnId, fence: i64) -> EngineError 
     // Without it the next attempt takes the fence just the same.
     match engine.store.release_attempt(turn, fence).await {
         Ok(released) => engine.tell_with(released, false),
-        Err(error) => tracing::debug!(error = %chain(&error), %turn, "an attempt was not released"),
+        Err(error) => tracing::debug!(error = %chain(&error), turn.id = %turn, "an attempt was not released"),
     }
     EngineError::Stopped
 }

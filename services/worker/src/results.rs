@@ -42,7 +42,7 @@ async fn commit(engine: &Arc<Engine>, received: Received<ResultSubject>) {
     let ResultSubject { daemon, call } = received.topic;
     let result = &received.message;
     if result.call_id != call.to_string() || result.daemon_id != daemon.to_string() {
-        tracing::warn!(%daemon, %call, "a result does not belong to its subject; skipped");
+        tracing::warn!(daemon.id = %daemon, tool.call_id = %call, "a result does not belong to its subject; skipped");
         return;
     }
     let committed = match engine.store.commit_result(daemon, result).await {

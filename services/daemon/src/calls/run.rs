@@ -114,7 +114,7 @@ async fn execute(calls: &Calls, begun: Begun) -> Outcome {
 /// The record is on disk when the offer is made. While the disk refuses, the journal keeps trying.
 async fn finish(calls: &Calls, id: ToolCallId, result: pb::ToolResult, trace: &TraceContext) {
     let Some(ticket) = calls.journal.finish(id, &result) else {
-        tracing::error!(call = %id, "a call ended that the journal does not know to run");
+        tracing::error!(tool.call_id = %id, "a call ended that the journal does not know to run");
         calls.running.lock().remove(&id);
         return;
     };
@@ -124,7 +124,7 @@ async fn finish(calls: &Calls, id: ToolCallId, result: pb::ToolResult, trace: &T
     match written {
         Ok(()) => calls.outbox.add(id, &trace.traceparent, Some(result)),
         // Only when the daemon ends first: the next one reports the call as unknown.
-        Err(error) => tracing::error!(call = %id, error = %chain(&error), "a result could not be written"),
+        Err(error) => tracing::error!(tool.call_id = %id, error = %chain(&error), "a result could not be written"),
     }
 }
 
