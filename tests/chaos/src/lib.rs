@@ -9,6 +9,7 @@ mod checker;
 mod crowd;
 mod lane;
 mod matrix;
+mod plan;
 mod report;
 pub mod scripts;
 pub mod seat;
@@ -29,7 +30,11 @@ use crate::{
     chance::Chance,
     lane::Work,
     matrix::{Cell, Kind, Process, Step},
+    plan::Plan,
 };
+
+/// Of a full campaign.
+const LONGEST: Duration = Duration::from_secs(30 * 60);
 
 /// What a campaign is made of.
 #[derive(Debug, Clone)]
@@ -43,6 +48,10 @@ pub struct Campaign {
     pub limit: Duration,
     /// With fewer faults than that it proves nothing.
     pub least: usize,
+    /// All that is planned is to be had; else `least` of it.
+    pub whole: bool,
+    /// From the first process' start to the last check.
+    pub longest: Option<Duration>,
     /// As many aimed faults at one time as there are stages.
     pub cast: Cast,
     /// Only cells whose name holds this.
@@ -60,6 +69,8 @@ impl Campaign {
             takeovers: 100,
             limit: Duration::from_secs(25 * 60),
             least: 300,
+            whole: true,
+            longest: Some(LONGEST),
             cast: Cast { apis: 2, workers: 3, gateways: 2, stages: 5, neighbours: 3, chats: 4 },
             only: None,
             keep: false,
@@ -73,12 +84,18 @@ impl Campaign {
             takeovers: 3,
             limit: Duration::from_secs(60),
             least: 6,
+            whole: false,
+            longest: None,
             cast: Cast { apis: 2, workers: 2, gateways: 2, stages: 2, neighbours: 1, chats: 3 },
             ..Self::full(seed)
         }
     }
 
-    fn plan(&self) -> Vec<Cell> {
+    fn plan(&self) -> Plan {
+        Plan { cells: self.cells(), takeovers: self.takeovers, whole: self.whole, longest: self.longest }
+    }
+
+    fn cells(&self) -> Vec<Cell> {
         let Some(only) = &self.only else { return matrix::plan(self.seed, self.cells) };
         let mut fits = Vec::new();
         for process in Process::ALL {
@@ -95,13 +112,13 @@ impl Campaign {
     }
 
     pub async fn run(&self) -> Result<Report> {
-        let cells = self.plan();
-        let planned = cells.len() + self.takeovers;
+        let plan = self.plan();
+        let planned = plan.faults();
         say(&format!("seed {}: {planned} faults; again with: make chaos ARGS=\"--seed {}\"", self.seed, self.seed));
         let theatre = Theatre::open(&self.cast, self.seed).await?;
         let Theatre { stages, audience, tally, .. } = &theatre;
         let deadline = Instant::now() + self.limit;
-        let work = Work::new(cells, deadline);
+        let work = Work::new(plan.cells.clone(), deadline);
         let faults = async {
             // Takeovers first: there one fault at a time is done, so that it alone is measured.
             audience.kill(self.takeovers, deadline, self.seed, tally).await;
@@ -116,6 +133,6 @@ impl Campaign {
         if done < self.least.min(planned) {
             tally.problem(format!("{done} faults are too few for a proof; {} are", self.least.min(planned)));
         }
-        theatre.close(planned, self.keep).await
+        theatre.close_by(plan, self.keep).await
     }
 }

@@ -29,7 +29,7 @@ async fn main() -> Result<ExitCode> {
             }
             "--only" => {
                 let only = value()?;
-                changes.push(Box::new(move |campaign| campaign.only = Some(only)));
+                changes.push(Box::new(move |campaign| (campaign.only, campaign.longest) = (Some(only), None)));
             }
             other => bail!("there is no '{other}'; {USAGE}"),
         }
@@ -61,7 +61,8 @@ fn set(campaign: &mut Campaign, name: &str, number: usize) {
         "--neighbours" => campaign.cast.neighbours = number,
         "--chats" => campaign.cast.chats = number,
         "--workers" => campaign.cast.workers = number,
-        _ => campaign.limit = std::time::Duration::from_secs(number as u64 * 60),
+        // Who says how long it may go on has another campaign in mind than the one with a promise of its own.
+        _ => (campaign.limit, campaign.longest) = (std::time::Duration::from_secs(number as u64 * 60), None),
     }
 }
 

@@ -14,7 +14,10 @@ use reliant_harness::Fault;
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
-use crate::matrix::{Cell, Kind, Process, Step, impossible};
+use crate::{
+    matrix::{Cell, Kind, Process, Step, impossible},
+    plan::{Done, Plan},
+};
 
 /// A turn that takes longer to recover is named, so that its logs can be read.
 const SLOW: Duration = Duration::from_secs(15);
@@ -39,6 +42,7 @@ pub struct Tally {
     missed: Mutex<Vec<(Cell, String)>>,
     settled: Mutex<Vec<(Cell, Duration)>>,
     takeovers: Mutex<Vec<Duration>>,
+    takeover_kills: AtomicU64,
     others: Mutex<Vec<(String, Fault, i64)>>,
     unknown: Mutex<BTreeMap<Uuid, &'static str>>,
     told: AtomicU64,
@@ -113,6 +117,11 @@ impl Tally {
         self.settled.lock().push((cell, after));
     }
 
+    /// A streaming worker was killed for its takeover, and hit; each of its streams is a takeover.
+    pub fn takeover_kill(&self) {
+        self.takeover_kills.fetch_add(1, Ordering::Relaxed);
+    }
+
     pub fn takeover(&self, after: Duration) {
         self.takeovers.lock().push(after);
     }
@@ -150,7 +159,7 @@ pub struct Findings {
 pub struct Report {
     pub seed: u64,
     pub took: Duration,
-    pub planned: usize,
+    pub plan: Plan,
     pub findings: Findings,
     pub collapses: Vec<String>,
     pub failed_calls: Vec<String>,
@@ -159,16 +168,17 @@ pub struct Report {
     missed: Vec<(Cell, String)>,
     settled: Vec<(Cell, Duration)>,
     takeovers: Vec<Duration>,
+    takeover_kills: usize,
 }
 
 impl Report {
-    pub fn new(seed: u64, took: Duration, planned: usize, tally: &Tally, findings: Findings) -> Self {
+    pub fn new(seed: u64, took: Duration, plan: Plan, tally: &Tally, findings: Findings) -> Self {
         let mut takeovers = tally.takeovers.lock().clone();
         takeovers.sort();
         Self {
             seed,
             took,
-            planned,
+            plan,
             findings,
             collapses: Vec::new(),
             failed_calls: Vec::new(),
@@ -177,6 +187,7 @@ impl Report {
             missed: tally.missed.lock().clone(),
             settled: tally.settled.lock().clone(),
             takeovers,
+            takeover_kills: tally.takeover_kills.load(Ordering::Relaxed) as usize,
         }
     }
 
@@ -198,7 +209,13 @@ impl Report {
         all.extend(self.problems.iter().map(|text| format!("problem: {text}")));
         all.extend(self.failed_calls.iter().map(|text| format!("a call failed: {text}")));
         all.extend(self.collapses.iter().map(|text| format!("ended by itself: {text}")));
+        all.extend(self.plan.unmet(&self.done()).iter().map(|text| format!("not as planned: {text}")));
         all
+    }
+
+    fn done(&self) -> Done<'_> {
+        let Self { hits, takeover_kills, takeovers, took, .. } = self;
+        Done { hits, takeover_kills: *takeover_kills, takeovers, took: *took }
     }
 
     pub fn table(&self) -> String {
@@ -263,9 +280,9 @@ impl Report {
         let _ = writeln!(
             text,
             "\n{} faults ({} planned), {} turns, {} tool calls: {} lost, {} duplicated, {} unknown {:?} ({} unexplained)\n\
-             takeover over {} streams: p50 {} ms, p99 {} ms, max {} ms; viewers reconnected {} times",
+             takeover over {} streams of {} kills: p50 {} ms, p99 {} ms, max {} ms; viewers reconnected {} times",
             self.faults(),
-            self.planned,
+            self.plan.faults(),
             found.turns,
             found.tool_calls,
             found.lost.len(),
@@ -274,6 +291,7 @@ impl Report {
             found.causes,
             found.unexplained.len(),
             self.takeovers.len(),
+            self.takeover_kills,
             self.takeover_ms(0.5),
             self.takeover_ms(0.99),
             self.takeover_ms(1.0),
@@ -300,6 +318,7 @@ impl Report {
         put("broken", json!(self.findings.broken.len()));
         put("problems", json!(self.problems.len()));
         put("takeover_count", json!(self.takeovers.len()));
+        put("takeover_kills", json!(self.takeover_kills));
         put("takeover_ms_p50", json!(self.takeover_ms(0.5)));
         put("takeover_ms_p99", json!(self.takeover_ms(0.99)));
         put("takeover_ms_max", json!(self.takeover_ms(1.0)));
@@ -319,7 +338,7 @@ fn pairs() -> impl Iterator<Item = (Process, Kind)> {
     Process::ALL.iter().flat_map(|process| Kind::ALL.iter().map(|kind| (*process, *kind)))
 }
 
-fn quantile(sorted: &[Duration], share: f64) -> Duration {
+pub(crate) fn quantile(sorted: &[Duration], share: f64) -> Duration {
     let place = (sorted.len() as f64 * share).ceil() as usize;
     sorted.get(place.saturating_sub(1).min(sorted.len().saturating_sub(1))).copied().unwrap_or_default()
 }
@@ -333,6 +352,105 @@ pub fn say(line: &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const MINUTE: Duration = Duration::from_secs(60);
+
+    fn hit(process: Process, kind: Kind, step: Step) -> Hit {
+        let fault = Fault::Pause(MINUTE);
+        Hit { cell: Cell { process, kind, step }, node: process.to_string(), counts: true, since_ms: 0, fault }
+    }
+
+    /// All that was planned, done.
+    fn whole() -> Report {
+        let hits = vec![
+            hit(Process::Worker, Kind::Kill, Step::Streaming),
+            hit(Process::Worker, Kind::Pause, Step::Persisting),
+            hit(Process::Nats, Kind::Cut, Step::Queued),
+        ];
+        let cells = hits.iter().map(|hit| hit.cell).collect();
+        Report {
+            seed: 1,
+            took: 29 * MINUTE,
+            plan: Plan { cells, takeovers: 100, whole: true, longest: Some(30 * MINUTE) },
+            findings: Findings::default(),
+            collapses: Vec::new(),
+            failed_calls: Vec::new(),
+            hits,
+            problems: Vec::new(),
+            missed: Vec::new(),
+            settled: Vec::new(),
+            takeovers: vec![Duration::from_secs(1); 150],
+            takeover_kills: 100,
+        }
+    }
+
+    /// The report after `change` has these findings and no others.
+    fn check(change: impl FnOnce(&mut Report), expected: &[&str]) {
+        let mut report = whole();
+        change(&mut report);
+        assert_eq!(report.verdict(), expected);
+    }
+
+    #[test]
+    fn what_was_planned_and_done_is_a_proof() {
+        check(|_| {}, &[]);
+        // Two of a hundred and fifty are no p99.
+        check(|report| report.takeovers[149] = Duration::from_secs(50), &[]);
+        check(|report| report.hits.push(hit(Process::Api, Kind::Slow, Step::Result)), &[]);
+    }
+
+    #[test]
+    fn slow_takeovers_are_found() {
+        let slow = |report: &mut Report| report.takeovers[147..].fill(Duration::from_secs(5));
+        check(slow, &["not as planned: the p99 of takeovers is 5000 ms"]);
+        check(|report| report.takeovers = vec![Duration::from_secs(9); 99], &[]);
+    }
+
+    #[test]
+    fn missing_kills_are_found_however_many_streams_they_had() {
+        check(|report| report.takeover_kills = 99, &["not as planned: 99 takeover kills counted of 100 planned"]);
+    }
+
+    #[test]
+    fn a_pair_without_a_counted_fault_is_found() {
+        let lost =
+            ["not as planned: no counted fault hit NATS × cut", "not as planned: no counted fault hit NATS × queued"];
+        check(|report| drop(report.hits.pop()), &lost);
+        check(|report| report.hits[2].counts = false, &lost);
+        let other = |report: &mut Report| report.hits[2].cell.step = Step::Result;
+        check(other, &["not as planned: no counted fault hit NATS × queued"]);
+        // The pairs of another process say nothing of this one's.
+        let other = |report: &mut Report| report.hits[1].cell.kind = Kind::Kill;
+        check(other, &["not as planned: no counted fault hit worker × pause 6 s"]);
+    }
+
+    #[test]
+    fn a_campaign_that_takes_too_long_is_found() {
+        check(|report| report.took = 31 * MINUTE, &["not as planned: it took 1860 s of 1800 s"]);
+        let unlimited = |report: &mut Report| (report.took, report.plan.longest) = (31 * MINUTE, None);
+        check(unlimited, &[]);
+    }
+
+    #[test]
+    fn a_glimpse_is_judged_by_what_it_saw() {
+        let glimpse = |report: &mut Report| {
+            report.plan.whole = false;
+            (report.takeover_kills, report.hits) = (0, Vec::new());
+        };
+        check(glimpse, &[]);
+    }
+
+    #[test]
+    fn each_broken_promise_is_a_finding() {
+        let one = || vec!["x".to_owned()];
+        check(|report| report.findings.lost = one(), &["lost: x"]);
+        check(|report| report.findings.duplicated = one(), &["duplicated: x"]);
+        check(|report| report.findings.unexplained = one(), &["unexplained: x"]);
+        check(|report| report.findings.broken = one(), &["broken: x"]);
+        check(|report| report.problems = one(), &["problem: x"]);
+        check(|report| report.failed_calls = one(), &["a call failed: x"]);
+        check(|report| report.collapses = one(), &["ended by itself: x"]);
+    }
 
     #[test]
     fn quantiles_are_of_the_ranks() {

@@ -112,6 +112,9 @@ impl Audience {
             }
         }
         let counts = !struck.is_empty();
+        if counts {
+            tally.takeover_kill();
+        }
         tally.hit(Hit { cell: CELL, node: node.peer().to_string(), counts, since_ms, fault });
         let healing = tokio::spawn(strike.heal());
         for (seat, turn, fence) in struck {

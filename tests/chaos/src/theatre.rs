@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     checker,
     crowd::Neighbour,
+    plan::Plan,
     report::{Report, Tally, say},
     seat::Ledger,
     step::Stage,
@@ -89,7 +90,12 @@ impl Theatre {
     }
 
     /// Checks everything.
-    pub async fn close(self, planned: usize, keep: bool) -> Result<Report> {
+    pub async fn close(self) -> Result<Report> {
+        self.close_by(Plan::default(), false).await
+    }
+
+    /// Checks everything, and the plan.
+    pub(crate) async fn close_by(self, plan: Plan, keep: bool) -> Result<Report> {
         let Self { arena, ledger, tally, stages, neighbours, audience, seed, begun } = self;
         let (mut hosts, mut seats, mut people) = (Vec::new(), Vec::new(), Vec::new());
         for Stage { visitor, host, auto, ask, .. } in stages {
@@ -107,7 +113,7 @@ impl Theatre {
         people.push(visitor);
         let subject = checker::Subject { arena: &arena, ledger: &ledger, hosts: &hosts, tally: &tally };
         let findings = checker::check(&subject, seats).await.context("the checker could not read everything")?;
-        let mut report = Report::new(seed, begun.elapsed(), planned, &tally, findings);
+        let mut report = Report::new(seed, begun.elapsed(), plan, &tally, findings);
         report.collapses = arena.collapses().iter().map(|one| format!("{}: {}", one.name, one.log_tail)).collect();
         report.failed_calls = ledger.failed_calls.lock().clone();
         if keep || !report.verdict().is_empty() {

@@ -52,7 +52,7 @@ async fn an_approval_waits_across_a_restart_of_everything() -> Result<()> {
     stage.ask.approve(&look.approvals_pending[0].to_string()).await?;
     let ended = stage.ask.ended(turn.turn, Instant::now() + PATIENCE).await;
     assert_eq!(ended, Some(pb::TurnStatus::Succeeded));
-    let report = theatre.close(0, false).await?;
+    let report = theatre.close().await?;
     assert!(report.verdict().is_empty(), "{:#?}", report.verdict());
     Ok(())
 }

@@ -30,7 +30,7 @@ async fn a_rolling_restart_of_every_role_fails_nothing() -> Result<()> {
         })
         .await;
     rolled?;
-    let report = theatre.close(0, false).await?;
+    let report = theatre.close().await?;
     assert_clean(&report);
     assert_eq!(report.findings.unknown, 0, "a drain left calls behind: {:?}", report.findings);
     Ok(())
@@ -70,6 +70,6 @@ async fn messages_are_accepted_while_temporal_is_away() -> Result<()> {
             }
         }
     }
-    assert_clean(&theatre.close(0, false).await?);
+    assert_clean(&theatre.close().await?);
     Ok(())
 }
