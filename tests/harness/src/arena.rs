@@ -54,9 +54,21 @@ pub struct Supervised {
     pub kind: &'static str,
     /// What the role says of itself in `instances`.
     pub address: String,
+    /// Of a role, where its metrics are.
+    pub(crate) admin: Option<SocketAddr>,
     /// Of a daemon.
     pub(crate) state_dir: Option<PathBuf>,
     pub(crate) process: tokio::sync::Mutex<RoleProcess>,
+}
+
+impl Supervised {
+    /// What the role says of a metric without labels.
+    pub async fn metric(&self, name: &str) -> Result<f64> {
+        let admin = self.admin.with_context(|| format!("{} has no admin page", self.name))?;
+        let (_, page) = reliant_devstack::http_get(admin, "/metrics").await?;
+        let value = page.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok());
+        value.with_context(|| format!("{} says nothing of {name}", self.name))
+    }
 }
 
 /// What a fault can be done to.
@@ -401,7 +413,14 @@ fn supervised(kind: &'static str, process: RoleProcess) -> Supervised {
     // A worker has no front; it announces its admin listener.
     let address = addresses.listen.or(addresses.admin).map(|address| address.to_string()).unwrap_or_default();
     let name = process.name().to_owned();
-    Supervised { name, kind, address, state_dir: None, process: tokio::sync::Mutex::new(process) }
+    Supervised {
+        name,
+        kind,
+        address,
+        admin: addresses.admin,
+        state_dir: None,
+        process: tokio::sync::Mutex::new(process),
+    }
 }
 
 fn tail(log: &std::path::Path) -> String {

@@ -3,5 +3,6 @@
 #![allow(clippy::unwrap_used, reason = "a test may")]
 
 mod decisions;
+mod half_open;
 mod outages;
 mod short;
