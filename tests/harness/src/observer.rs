@@ -262,6 +262,13 @@ impl Observer {
             .collect()
     }
 
+    /// All events of a chat, in order: each state that its rows have been in.
+    pub async fn events(&self, chat: ChatId) -> Result<Vec<pb::ChatEvent>> {
+        let query = sqlx::query_scalar::<_, Vec<u8>>("SELECT payload FROM events WHERE chat_id = $1 ORDER BY seq");
+        let rows = query.bind(chat.0).fetch_all(&self.pool).await?;
+        rows.iter().map(|row| Ok(pb::ChatEvent::decode(row.as_slice())?)).collect()
+    }
+
     /// All messages of a chat with their blocks, as (id, role, client message id, blocks).
     pub async fn messages(&self, chat: ChatId) -> Result<Vec<StoredMessage>> {
         let rows = sqlx::query(

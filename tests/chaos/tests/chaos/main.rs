@@ -4,5 +4,6 @@
 
 mod decisions;
 mod half_open;
+mod hand_over;
 mod outages;
 mod short;
