@@ -110,6 +110,12 @@ const PINNED: &[Cell] = &[
     cell(Process::Provider, Kind::Cut, Step::Streaming),
     cell(Process::Provider, Kind::HalfOpen, Step::Streaming),
     cell(Process::Provider, Kind::Slow, Step::Streaming),
+    // What a worker or a gateway that is gone, or seems to be, leaves to another one.
+    cell(Process::Worker, Kind::Pause, Step::Streaming),
+    cell(Process::Worker, Kind::LongPause, Step::Persisting),
+    cell(Process::Worker, Kind::Kill, Step::Running),
+    cell(Process::Gateway, Kind::Terminate, Step::Running),
+    cell(Process::Gateway, Kind::Kill, Step::Result),
 ];
 /// So many of them in a plan that has no room for all.
 const PINNED_SHORT: usize = 2;
