@@ -1,14 +1,18 @@
 //! Turns: plain, with tools, queued, repeated, cancelled, approved, with both wire formats.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use reliant_client::{Approvals, ClientUpdate, From};
+use reliant_devstack::http_get;
 use reliant_harness::{DaemonOptions, Rig, RigOptions, eventually};
 use reliant_types::{ChatId, TurnId, pb};
 use serde_json::json;
 
-use crate::scripts::{MODEL, PATIENCE, one_call, only_call, script, session};
+use crate::{
+    daemons::{file, runs},
+    scripts::{MODEL, PATIENCE, one_call, only_call, script, session},
+};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_plain_turn_streams_and_ends_on_both_wire_formats() -> Result<()> {
@@ -145,28 +149,83 @@ async fn plan_mode_offers_only_read_only_tools() -> Result<()> {
     Ok(())
 }
 
+/// From the asking until nothing of what was cancelled goes on, the whole line long.
+const CANCEL_MAX: Duration = Duration::from_secs(1);
+const CANCEL_POLL: Duration = Duration::from_millis(5);
+
 #[tokio::test(flavor = "multi_thread")]
-async fn a_cancel_ends_the_turn_and_the_process_at_once() -> Result<()> {
+async fn a_cancel_ends_the_turn_and_the_process_group_at_once() -> Result<()> {
     let rig = Rig::start(RigOptions::default()).await?;
     let ada = rig.person("ada").await?;
     let daemon = rig.daemon(&ada, "laptop", DaemonOptions::default()).await?;
     let mut session = session(&ada, MODEL, pb::ChatMode::Auto).await?;
-    let command = "echo $$ > pid; sleep 300";
-    let sent = session.send(&one_call("shell", json!({ "command": command, "timeout_seconds": 600 }))).await?;
-    let turn: TurnId = sent.turn.unwrap().id.parse()?;
-    let pid = eventually("the command's pid", PATIENCE, || async {
-        Ok(std::fs::read_to_string(daemon.root.join("pid")).ok().filter(|text| text.ends_with('\n')))
-    })
-    .await?;
-    let cancelled = session.cancel(turn).await?;
-    assert_eq!(cancelled.status(), pb::TurnStatus::Cancelled);
-    eventually("the end of the process", Duration::from_secs(5), || async {
-        Ok((!std::path::Path::new(&format!("/proc/{}", pid.trim())).exists()).then_some(()))
-    })
-    .await?;
+    // The second one and its child, which inherits that, have to be killed.
+    for (name, trap) in [("obeys", ""), ("ignores", "trap '' TERM; ")] {
+        let command = format!("{trap}echo $$ > {name}-pid; sleep 300 & echo $! > {name}-child; wait");
+        let sent = session.send(&one_call("shell", json!({ "command": command, "timeout_seconds": 600 }))).await?;
+        let turn: TurnId = sent.turn.unwrap().id.parse()?;
+        let mut pids = Vec::new();
+        for of in ["pid", "child"] {
+            pids.push(file(&daemon.root.join(format!("{name}-{of}"))).await?);
+        }
+        assert!(pids.iter().all(|pid| runs(pid)), "{name}: nothing is there to be cancelled");
+        let begun = Instant::now();
+        let cancelled = session.cancel(turn).await?;
+        let answered = begun.elapsed();
+        assert_eq!(cancelled.status(), pb::TurnStatus::Cancelled);
+        while pids.iter().any(|pid| runs(pid)) && begun.elapsed() < PATIENCE {
+            tokio::time::sleep(CANCEL_POLL).await;
+        }
+        let ended = begun.elapsed();
+        eprintln!("{name}: the cancel was answered after {answered:?}, both processes had ended after {ended:?}");
+        assert!(ended < CANCEL_MAX, "{name}: the processes ran on for {ended:?}");
+    }
     // The chat goes on.
     let report = session.send_and_wait("hello again", PATIENCE).await?;
     assert!(report.succeeded(), "{:?}", report.turn);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancel_ends_a_streaming_answer_at_once() -> Result<()> {
+    let rig = Rig::start(RigOptions::default()).await?;
+    let ada = rig.person("ada").await?;
+    // Half a minute of text, if nobody stopped it.
+    let mut session = session(&ada, "sim/text?tokens=3000&rate=100", pb::ChatMode::Ask).await?;
+    let sent = session.send("a long text").await?;
+    let turn: TurnId = sent.turn.unwrap().id.parse()?;
+    let mut pieces = 0;
+    while pieces < 10 {
+        pieces += usize::from(matches!(session.next().await?, ClientUpdate::Delta(_)));
+    }
+    let admin = rig.mesh.workers[0].addresses().admin.context("a worker has an admin listener")?;
+    let begun = Instant::now();
+    assert_eq!(session.cancel(turn).await?.status(), pb::TurnStatus::Cancelled);
+    let answered = begun.elapsed();
+    let provider = eventually("the end of the call to the provider", PATIENCE, || async {
+        let (_, text) = http_get(admin, "/metrics").await?;
+        let call = |line: &str| line.starts_with("gen_ai_client_operation_duration_seconds_count");
+        let cancelled = text.lines().any(|line| call(line) && line.contains("outcome=\"cancelled\""));
+        Ok(cancelled.then(|| begun.elapsed()))
+    });
+    // The viewer is given twice as long as a piece may still come.
+    let viewer = async {
+        let (mut last, mut pieces) = (Duration::ZERO, 0);
+        while let Ok(update) = tokio::time::timeout_at((begun + 2 * CANCEL_MAX).into(), session.next()).await {
+            if matches!(update?, ClientUpdate::Delta(_)) {
+                (last, pieces) = (begun.elapsed(), pieces + 1);
+            }
+        }
+        anyhow::Ok((last, pieces))
+    };
+    let (provider, viewer) = tokio::join!(provider, viewer);
+    let (provider, (last, pieces)) = (provider?, viewer?);
+    eprintln!(
+        "answered after {answered:?}, the provider left after {provider:?}; {pieces} more pieces, until {last:?}"
+    );
+    assert!(last < CANCEL_MAX, "pieces came for {last:?} after the cancel");
+    assert!(provider < CANCEL_MAX, "the model wrote on for {provider:?}");
+    assert!(session.verification().is_clean(), "{:?}", session.verification());
     Ok(())
 }
 

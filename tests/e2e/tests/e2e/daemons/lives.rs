@@ -10,7 +10,7 @@ use reliant_harness::{DaemonOptions, Observer, Person, Rig, RigOptions, TestDaem
 use reliant_types::{DaemonId, ToolCallId, TurnId, limits, pb};
 use serde_json::json;
 
-use super::{call_that_is, calls, file};
+use super::{call_that_is, calls, file, runs};
 use crate::scripts::{MODEL, PATIENCE, one_call, session};
 
 struct Desk {
@@ -224,12 +224,6 @@ async fn a_dispatch_late_or_twice_or_after_its_cancel_starts_nothing() -> Result
     .await?;
     assert_eq!(std::fs::read_to_string(desk.daemon.root.join("runs"))?, "run\n");
     Ok(())
-}
-
-/// Whether it runs; a zombie does not.
-fn runs(pid: &str) -> bool {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", pid.trim())).unwrap_or_default();
-    status.lines().any(|line| line.starts_with("State:") && !line.contains('Z'))
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -115,7 +115,14 @@ async fn call_that_is(person: &Person, turn: TurnId, status: pb::ToolCallStatus)
     .await
 }
 
-async fn file(path: &Path) -> Result<String> {
+/// Whether it runs; a zombie does not.
+pub(crate) fn runs(pid: &str) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", pid.trim())).unwrap_or_default();
+    status.lines().any(|line| line.starts_with("State:") && !line.contains('Z'))
+}
+
+/// What a line was written to, once it was.
+pub(crate) async fn file(path: &Path) -> Result<String> {
     eventually(&format!("the file {}", path.display()), PATIENCE, || async {
         Ok(std::fs::read_to_string(path).ok().filter(|text| text.ends_with('\n')))
     })
