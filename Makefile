@@ -49,7 +49,7 @@ test-phoenix: build tools ## Our spans in a trace store that is not ours, found 
 	@python3 xtask/provision/provision.py phoenix
 	@$(RELIANT_CACHE)/phoenix/bin/python tests/foreign/phoenix.py $(BIN)/reliant
 
-bench: web tools ## Measure it, in release (9 minutes to build); JSON to $BENCH_OUT
+bench: web tools ## Measure it, in release (9 minutes to build); JSON to $BENCH_OUT (ARGS=--strict fails where a goal is missed)
 	@echo "building in release; from nothing this takes about 9 minutes on two cores"
 	@cargo build --workspace --release
 	@$(CARGO_TARGET_DIR)/release/reliant-bench $(ARGS)

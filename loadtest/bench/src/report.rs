@@ -2,12 +2,36 @@
 
 use std::{collections::BTreeMap, path::Path, time::Duration};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
+
+/// The figures of meshes that export their spans; all others are of meshes that do not.
+const EXPORTED: [&str; 4] = [
+    "cpu_ms_per_tool_turn_traced_10",
+    "cpu_ms_per_tool_turn_traced_100",
+    "tracing_cost_percent_10",
+    "tracing_cost_percent_100",
+];
 
 pub struct Report {
     values: BTreeMap<String, f64>,
     notes: Vec<String>,
+}
+
+/// What became of the goals.
+#[derive(Debug, Default, PartialEq)]
+pub struct Outcome {
+    missed: Vec<String>,
+    unmeasured: Vec<String>,
+}
+
+impl Outcome {
+    /// Fails where a goal was missed; where `all` was to be measured, also where a goal's figure is not there.
+    pub fn strictly(&self, all: bool) -> Result<()> {
+        ensure!(self.missed.is_empty(), "goals were missed: {}", self.missed.join("; "));
+        ensure!(!all || self.unmeasured.is_empty(), "goals were not measured: {}", self.unmeasured.join("; "));
+        Ok(())
+    }
 }
 
 /// Sorted samples.
@@ -60,7 +84,7 @@ impl Report {
     }
 
     /// Each goal, and whether it was met.
-    pub fn goals(&mut self) {
+    pub fn goals(&mut self) -> Outcome {
         let (tool, floor) = (self.get("tool_turn_ms_p50"), self.get("temporal_floor_ms_p50"));
         let ratio = tool.zip(floor).map(|(tool, floor)| tool / floor);
         let trip = self.get("tool_round_trip_us_p50");
@@ -91,12 +115,26 @@ impl Report {
             below("CPU for tracing one turn in ten, %", self.get("tracing_cost_percent_10"), 5.0),
             below("gateway memory per daemon, KiB", self.get("gateway_kib_per_daemon"), 64.0),
         ];
+        let mut outcome = Outcome::default();
         for (what, value, goal, less) in goals {
-            let Some(value) = value else { continue };
+            let Some(value) = value else {
+                outcome.unmeasured.push(what);
+                continue;
+            };
             let met = if less { value < goal } else { value >= goal };
             let sign = if less { "<" } else { "≥" };
             println!("  {} {what}: {value:.2} (goal {sign} {goal})", if met { "met   " } else { "MISSED" });
+            if !met {
+                outcome.missed.push(format!("{what}: {value:.2} (goal {sign} {goal})"));
+            }
         }
+        outcome
+    }
+
+    /// Whether spans left the roles while the figures were taken.
+    fn otlp(&self) -> String {
+        let exported: Vec<_> = EXPORTED.into_iter().filter(|key| self.values.contains_key(*key)).collect();
+        if exported.is_empty() { "off".to_owned() } else { format!("off, but for {}", exported.join(", ")) }
     }
 
     pub fn write(&self, path: &Path) -> Result<()> {
@@ -105,10 +143,50 @@ impl Report {
         }
         let mut flat: serde_json::Map<String, serde_json::Value> =
             self.values.iter().map(|(key, value)| (key.clone(), json!(value))).collect();
-        flat.insert("otlp".into(), json!("off"));
+        flat.insert("otlp".into(), json!(self.otlp()));
         std::fs::write(path, serde_json::to_vec_pretty(&flat)?)
             .with_context(|| format!("could not write {}", path.display()))?;
         println!("  written to {}", path.display());
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_goal_that_is_missed_or_not_measured_fails_a_strict_run() {
+        let mut report = Report::new();
+        report.set("first_token_ms_p50", 29.0);
+        let met = report.goals();
+        assert!(met.missed.is_empty() && met.unmeasured.len() > 5, "{met:?}");
+        assert!(met.strictly(false).is_ok());
+        assert!(met.strictly(true).is_err_and(|error| error.to_string().contains("plain turns/s")));
+
+        report.set("first_token_ms_p50", 31.0);
+        report.set("turns_per_s_32", f64::NAN);
+        let missed = report.goals();
+        assert_eq!(missed.missed, ["first token p50, ms: 31.00 (goal < 30)"]);
+        assert!(missed.strictly(false).is_err_and(|error| error.to_string().contains("first token")));
+        assert!(
+            missed.unmeasured.iter().any(|goal| goal.starts_with("plain turns/s")),
+            "what is no number is no figure"
+        );
+    }
+
+    #[test]
+    fn the_json_says_which_figures_were_taken_with_export() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("deep/out.json");
+        let mut report = Report::new();
+        let mut written = |key: &str| {
+            report.set(key, 1.0);
+            report.write(&path).unwrap();
+            let json: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+            json["otlp"].as_str().unwrap().to_owned()
+        };
+        assert_eq!(written("first_token_ms_p50"), "off");
+        assert_eq!(written("tracing_cost_percent_100"), "off, but for tracing_cost_percent_100");
     }
 }
