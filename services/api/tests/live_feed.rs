@@ -19,6 +19,7 @@ use reliant_models::{Models, ModelsConfig, ProviderConfig, ProviderKind};
 use reliant_rpc as rpc;
 use reliant_runtime::{Drain, Role as _};
 use reliant_store::{Claim, Committed, NewAssistant, NewBlock, Store, StoreConfig};
+use reliant_telemetry::metrics;
 use reliant_types::{ChatId, Code, InstanceId, MessageId, Secret, TurnId, UserId, limits, pb};
 use tonic::{Request, Streaming, transport::Channel};
 
@@ -123,6 +124,18 @@ impl Person {
     async fn view(&self, chat: ChatId, from: From) -> Result<Viewer> {
         let mut view = View::new();
         view.follow(chat, from);
+        self.watch(chat, view).await
+    }
+
+    /// The user's feed: from now on, or after a cursor.
+    async fn feed(&self, chat: ChatId, after: Option<(i64, i64)>) -> Result<Viewer> {
+        let mut view = View::new();
+        view.follow_feed(after);
+        self.watch(chat, view).await
+    }
+
+    /// Begins with a view, or goes on with one.
+    async fn watch(&self, chat: ChatId, mut view: View) -> Result<Viewer> {
         let stream = self.subscribe(view.begin_stream()).await?;
         Ok(Viewer { chat, view, stream })
     }
@@ -152,6 +165,17 @@ impl Viewer {
     async fn seq(&mut self, seq: i64) -> Result<()> {
         let chat = self.chat;
         self.until("an event", |view| view.chat(chat).and_then(|chat| chat.last_seq) >= Some(seq)).await
+    }
+
+    async fn feed_seq(&mut self, seq: i64) -> Result<()> {
+        self.until("a feed event", |view| view.feed().and_then(|feed| feed.last_seq) >= Some(seq)).await?;
+        // A viewer that counts past what there is would pass for one that has it.
+        anyhow::ensure!(self.view.feed().and_then(|feed| feed.last_seq) == Some(seq), "it is past event {seq}");
+        Ok(())
+    }
+
+    async fn caught_up(&mut self) -> Result<()> {
+        self.until("the end of what is stored", View::is_caught_up).await
     }
 
     /// Until the one live text has so many bytes.
@@ -284,6 +308,15 @@ fn delta(chat: ChatId, message: MessageId, epoch: i64, offset: usize, piece: &st
     }
 }
 
+async fn feed_seq(bench: &Bench, person: &Person) -> Result<i64> {
+    Ok(bench.store.feed_seqs(&[person.user]).await?.first().context("no user")?.1)
+}
+
+/// How many cursors could not be used, for a reason.
+fn unusable(reason: &str) -> u64 {
+    metrics::VIEWER_RESYNCS.with_label_values(&[reason]).get()
+}
+
 async fn last_seq(bench: &Bench, chat: ChatId) -> Result<i64> {
     Ok(bench.store.last_seqs(&[chat]).await?.first().context("no chat")?.1)
 }
@@ -389,11 +422,50 @@ async fn cursors_from_the_future_another_log_or_long_ago_get_a_snapshot() -> Res
         let _ = bench.store.rename_chat(ada.user, chat, &format!("title {n}")).await?;
     }
     let newest = last_seq(&bench, chat).await?;
+    let counted = unusable("too_old");
     let update = first(chat, last, epoch).await?;
     assert!(matches!(&update, Update::Snapshot(snapshot) if snapshot.seq == newest), "{update:?}");
+    assert!(unusable("too_old") > counted);
     let update = first(chat, newest - limits::RESUME_EVENTS_MAX / 2, epoch).await?;
     let next = newest - limits::RESUME_EVENTS_MAX / 2 + 1;
     assert!(matches!(&update, Update::Event(event) if event.seq == next), "{update:?}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_viewer_whose_cursor_cannot_be_used_begins_anew_and_hears_what_follows() -> Result<()> {
+    let bench = Bench::start().await?;
+    let ada = bench.person("ada").await?;
+    let chat = ada.chat().await?;
+    ada.send(chat, "hello").await?;
+    let epoch = bench.store.log_epoch().await?;
+    for (after, log_epoch, reason) in [(100, epoch, "future"), (100, 0, "future"), (-1, epoch + 1, "other_log")] {
+        let what = format!("{after:+} in log {log_epoch}");
+        let counted = unusable(reason);
+        let last = last_seq(&bench, chat).await?;
+        let mut viewer = ada.view(chat, From::After { seq: last + after, log_epoch }).await?;
+        viewer.caught_up().await?;
+        assert_eq!(viewer.view.chat(chat).and_then(|chat| chat.last_seq), Some(last), "{what}");
+        ada.send(chat, &what).await?;
+        let newest = last_seq(&bench, chat).await?;
+        viewer.seq(newest).await?;
+        let known = viewer.view.chat(chat).context("no chat")?;
+        assert_eq!(known.last_seq, Some(newest), "{what}");
+        assert!(known.messages.values().any(|message| reliant_client::text_of(message) == what), "{what}: not seen");
+
+        let last = feed_seq(&bench, &ada).await?;
+        let mut feed = ada.feed(chat, Some((last + after, log_epoch))).await?;
+        feed.caught_up().await?;
+        feed.feed_seq(last).await?;
+        let _ = bench.store.rename_chat(ada.user, chat, &what).await?;
+        feed.feed_seq(last + 1).await?;
+
+        for viewer in [viewer, feed] {
+            let seen = viewer.view.verification();
+            assert_eq!((seen.resets, seen.rollbacks), (1, 0), "{what}: {seen:?}");
+        }
+        assert!(unusable(reason) >= counted + 2, "{what}: not counted for the chat and the feed");
+    }
     Ok(())
 }
 

@@ -111,6 +111,17 @@ test("a snapshot replaces the state and keeps live text of the same epoch", () =
   assert.equal(view.live.size, 0);
 });
 
+test("a snapshot that goes back is believed, and what follows it is applied", () => {
+  const view = new ChatView("c");
+  view.seq = 105n;
+  view.logEpoch = 2n;
+  view.applySnapshot(create(ChatSnapshotSchema, { seq: 5n, logEpoch: 2n }));
+  assert.equal(view.seq, 5n);
+  assert.equal(view.applyEvent(started(6, 1)), true);
+  view.applyDelta(delta(1, 0, "heard"));
+  assert.equal(liveText(view), "heard");
+});
+
 test("raw output may split a character between pieces", () => {
   const text = new GrowingText(true);
   const euro = bytes("€");

@@ -25,6 +25,10 @@ pub struct Verification {
     pub reorderings: u64,
     /// Live text that is not what was committed, or not what it was before a reconnect.
     pub text_mismatches: u64,
+    /// Streams that began before the last event that had been sent, in the same log: the server forgot it.
+    pub rollbacks: u64,
+    /// Streams that began elsewhere than was asked, in another log or before a cursor that the server never gave; legal.
+    pub resets: u64,
     /// Attempts that took over; legal.
     pub epoch_changes: u64,
     /// Pieces of an attempt that had been taken over or had ended; legal, they are dropped.
@@ -42,7 +46,7 @@ pub struct Verification {
 impl Verification {
     /// How often the promise was broken.
     pub fn violations(&self) -> u64 {
-        self.holes + self.duplicates + self.reorderings + self.text_mismatches
+        self.holes + self.duplicates + self.reorderings + self.text_mismatches + self.rollbacks
     }
 
     pub fn is_clean(&self) -> bool {
@@ -54,6 +58,8 @@ impl Verification {
         self.duplicates += other.duplicates;
         self.reorderings += other.reorderings;
         self.text_mismatches += other.text_mismatches;
+        self.rollbacks += other.rollbacks;
+        self.resets += other.resets;
         self.epoch_changes += other.epoch_changes;
         self.stale += other.stale;
         self.short_texts += other.short_texts;
@@ -123,6 +129,43 @@ pub struct FeedView {
     log_epoch: i64,
     pub caught_up: bool,
     broken: bool,
+    start: Start,
+}
+
+/// Where a stream begins against what was known before it.
+#[derive(Debug, Default)]
+struct Start {
+    /// Nothing came on this stream yet.
+    first: bool,
+    /// What is known was told by the server, and is not a cursor that the caller brought.
+    told: bool,
+}
+
+impl Start {
+    fn begin_stream(&mut self) {
+        self.first = true;
+    }
+
+    /// Something came.
+    fn passed(&mut self) {
+        *self = Self { first: false, told: true };
+    }
+
+    /// Whether the server's word is taken that the log is at `seq` now, though `last` is past it. The first word of a
+    /// stream must be: the server has nothing else, and what follows is counted from there.
+    fn believes(&self, last: Option<i64>, seq: i64, same_log: bool, seen: &mut Verification) -> bool {
+        if same_log && last.is_none_or(|last| seq >= last) {
+            return true;
+        }
+        if same_log && !self.first {
+            seen.reorderings += 1;
+            return false;
+        }
+        let forgot = same_log && self.told;
+        seen.rollbacks += u64::from(forgot);
+        seen.resets += u64::from(!forgot);
+        true
+    }
 }
 
 /// All that one subscription follows.
@@ -192,6 +235,7 @@ impl View {
         let feed = self.feed.as_mut().map(|feed| {
             feed.caught_up = false;
             feed.broken = false;
+            feed.start.begin_stream();
             pb::FeedCursor { after_seq: feed.last_seq.unwrap_or(-1), log_epoch: feed.log_epoch }
         });
         pb::SubscribeRequest { chats, feed }
@@ -235,6 +279,7 @@ impl View {
         match in_order(feed.last_seq, event.seq, &mut feed.broken, &mut self.verification) {
             Order::Next => {
                 feed.last_seq = Some(event.seq);
+                feed.start.passed();
                 Applied::new(ClientUpdate::Feed(event))
             }
             Order::Wrong { heal } => Applied { update: None, heal },
@@ -243,13 +288,18 @@ impl View {
 
     fn feed_caught_up(&mut self, caught_up: &pb::CaughtUp) -> Applied {
         let Some(feed) = &mut self.feed else { return Applied::NOTHING };
-        if feed.log_epoch != 0 && feed.log_epoch != caught_up.log_epoch {
+        let same_log = feed.log_epoch == 0 || feed.log_epoch == caught_up.log_epoch;
+        let goes_back = feed.last_seq.is_some_and(|last| caught_up.seq < last);
+        // A feed has no snapshots: where it is counted from anew, this is what says so.
+        if !same_log || goes_back && feed.start.first {
+            feed.start.believes(feed.last_seq, caught_up.seq, same_log, &mut self.verification);
             feed.last_seq = None;
         }
         feed.log_epoch = caught_up.log_epoch;
         if let Some(heal) = behind(&mut feed.last_seq, caught_up.seq, &mut feed.broken, &mut self.verification) {
             return heal;
         }
+        feed.start.passed();
         feed.caught_up = true;
         Applied::new(ClientUpdate::CaughtUp { chat: None, seq: caught_up.seq })
     }

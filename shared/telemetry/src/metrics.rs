@@ -178,7 +178,7 @@ metrics! {
     pub static VIEWER_DROPS: IntCounter = ("reliant_viewer_drops_total", []);
     /// Refills of live text from its producer, by outcome (filled, gone, away).
     pub static VIEWER_REFILLS: IntCounterVec = ("reliant_viewer_refills_total", ["outcome"]);
-    /// Reads of the log because events were missing, by reason (gap, poll, resume, lagged).
+    /// What viewers were given again, by reason. gap, poll, resume, lagged: events were missing, and the log was read. future, too_old, other_log: the viewer's cursor is past the log's end, too far behind it, or of another log, and it began anew with the state.
     pub static VIEWER_RESYNCS: IntCounterVec = ("reliant_viewer_resyncs_total", ["reason"]);
 
     // --- daemons

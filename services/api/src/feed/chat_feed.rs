@@ -21,7 +21,7 @@ use super::{
     merge::{Output, Source, turn_ended},
     refill::Refills,
     roster::Roster,
-    state::{Admit, ChatState, Older},
+    state::{Admit, ChatState, Older, Unusable},
     table::{Command, LINGER, Station},
     viewer::{Item, Topic},
     wire::encode,
@@ -301,6 +301,7 @@ impl ChatFeed {
         // The log does not go back so far any more, or the window has moved on: a snapshot serves them.
         for cursor in self.roster.waiting_mut().filter(|cursor| cursor.after >= after) {
             if self.state.window_base() > reaches.max(cursor.after) {
+                Unusable::TooOld.count();
                 cursor.after = -1;
             }
         }
@@ -379,6 +380,7 @@ impl ChatFeed {
             match self.state.admit(&cursor, self.older.as_ref()) {
                 Admit::Ready(updates) => {
                     count("replayed", updates.len() as u64);
+                    self.state.unusable(&cursor).into_iter().for_each(Unusable::count);
                     self.roster.admit(id, Item::from(updates));
                 }
                 Admit::Behind => self.want_log = true,

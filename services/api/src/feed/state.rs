@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use reliant_telemetry::metrics;
 use reliant_types::{
     limits,
     pb::{self, subscribe_response::Update},
@@ -34,6 +35,41 @@ pub struct Cursor {
     pub greet: bool,
     /// The log was read to its end since it came.
     pub checked: bool,
+}
+
+/// Why the log cannot be read on from a cursor. The viewer begins anew.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unusable {
+    /// It is past the log's end.
+    Future,
+    /// More came since than is replayed, or is kept.
+    TooOld,
+    /// It counts in another log.
+    OtherLog,
+}
+
+impl Unusable {
+    pub fn count(self) {
+        let reason = match self {
+            Self::Future => "future",
+            Self::TooOld => "too_old",
+            Self::OtherLog => "other_log",
+        };
+        metrics::VIEWER_RESYNCS.with_label_values(&[reason]).inc();
+    }
+}
+
+impl Cursor {
+    /// Whether it is a place in the log of `log_epoch`, which ends at `seq`.
+    pub fn outside(&self, seq: i64, log_epoch: i64) -> Option<Unusable> {
+        match self.after {
+            // It asks to begin anew, and has no place.
+            ..0 => None,
+            _ if self.log_epoch != 0 && self.log_epoch != log_epoch => Some(Unusable::OtherLog),
+            after if after > seq => Some(Unusable::Future),
+            _ => None,
+        }
+    }
 }
 
 /// Stored events from before the window: those after `after`, contiguous.
@@ -131,15 +167,20 @@ impl ChatState {
         }
     }
 
+    /// Why a viewer at `cursor` cannot be given the events after it.
+    pub fn unusable(&self, cursor: &Cursor) -> Option<Unusable> {
+        let missed = self.seq().saturating_sub(cursor.after);
+        let too_old = cursor.after >= 0 && missed > limits::RESUME_EVENTS_MAX;
+        cursor.outside(self.seq(), self.log_epoch).or(too_old.then_some(Unusable::TooOld))
+    }
+
     /// What a viewer at `cursor` gets to be at the end.
     pub fn admit(&self, cursor: &Cursor, older: Option<&Older>) -> Admit {
-        let seq = self.seq();
-        let other_log = cursor.log_epoch != 0 && cursor.log_epoch != self.log_epoch;
-        let ahead = cursor.after > seq;
-        if ahead && !other_log && !cursor.checked {
+        let unusable = self.unusable(cursor);
+        if unusable == Some(Unusable::Future) && !cursor.checked {
             return Admit::Behind;
         }
-        if cursor.after < 0 || other_log || ahead || seq - cursor.after > limits::RESUME_EVENTS_MAX {
+        if cursor.after < 0 || unusable.is_some() {
             return self.admit_with_snapshot(cursor);
         }
         let mut updates = Vec::new();

@@ -22,7 +22,7 @@ use super::{
     chat_feed::{Deps, count},
     roster::Roster,
     sequence::{Sequencer, Window},
-    state::Cursor,
+    state::{Cursor, Unusable},
     table::{Command, LINGER, Station},
     viewer::{Item, Topic},
     wire::encode,
@@ -205,6 +205,7 @@ impl UserFeed {
             }
             if older.is_empty() {
                 // The log does not go back so far any more.
+                Unusable::TooOld.count();
                 self.roster.advance(id, Item::from(Vec::new()), Cursor { after: -1, ..cursor });
             } else if cursor.after < end {
                 let missed = older[(cursor.after - after) as usize..].to_vec();
@@ -218,12 +219,12 @@ impl UserFeed {
         let mut older_from: Option<i64> = None;
         for (id, cursor) in self.roster.waiting() {
             let last = self.line.last();
-            let other_log = cursor.log_epoch != 0 && cursor.log_epoch != self.log_epoch;
-            if cursor.after > last && !other_log && !cursor.checked {
+            let unusable = cursor.outside(last, self.log_epoch);
+            if unusable == Some(Unusable::Future) && !cursor.checked {
                 self.want_log = true;
                 continue;
             }
-            let jump = other_log || cursor.after < 0 || cursor.after > last;
+            let jump = unusable.is_some() || cursor.after < 0;
             let mut updates: Vec<Bytes> = match self.window.after(cursor.after) {
                 _ if jump => Vec::new(),
                 Some(events) => events.cloned().collect(),
@@ -237,6 +238,7 @@ impl UserFeed {
                 let log_epoch = self.log_epoch;
                 updates.push(encode(Update::CaughtUp(pb::CaughtUp { chat_id: String::new(), seq: last, log_epoch })));
             }
+            unusable.into_iter().for_each(Unusable::count);
             self.roster.admit(id, Item::from(updates));
         }
         if self.not_before.is_some() {

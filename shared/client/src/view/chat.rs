@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use reliant_types::pb;
 
 use super::{
-    Applied, BlockKey, ClientUpdate, From, LiveBlock, Order, Verification, behind,
+    Applied, BlockKey, ClientUpdate, From, LiveBlock, Order, Start, Verification, behind,
     blocks::{Blocks, Piece},
     in_order,
 };
@@ -31,6 +31,7 @@ pub struct ChatView {
     blocks: Blocks,
     /// An event is missing; this stream's further updates are not applied.
     broken: bool,
+    start: Start,
 }
 
 impl ChatView {
@@ -52,6 +53,7 @@ impl ChatView {
             attempts: BTreeMap::new(),
             blocks: Blocks::default(),
             broken: false,
+            start: Start::default(),
         }
     }
 
@@ -80,6 +82,7 @@ impl ChatView {
     pub(super) fn begin_stream(&mut self) -> (i64, i64) {
         self.broken = false;
         self.caught_up = false;
+        self.start.begin_stream();
         self.blocks.restart();
         (self.last_seq.unwrap_or(-1), self.log_epoch)
     }
@@ -89,10 +92,10 @@ impl ChatView {
             return Applied::NOTHING;
         }
         let same_log = self.log_epoch == 0 || self.log_epoch == snapshot.log_epoch;
-        if same_log && self.last_seq.is_some_and(|last| snapshot.seq < last) {
-            seen.reorderings += 1;
+        if !self.start.believes(self.last_seq, snapshot.seq, same_log, seen) {
             return Applied::NOTHING;
         }
+        self.start.passed();
         self.last_seq = Some(snapshot.seq);
         self.log_epoch = snapshot.log_epoch;
         self.chat = snapshot.chat.clone();
@@ -129,6 +132,7 @@ impl ChatView {
         }
         self.log_epoch = caught_up.log_epoch;
         self.caught_up = true;
+        self.start.passed();
         let chat = caught_up.chat_id.parse().ok();
         Applied::new(ClientUpdate::CaughtUp { chat, seq: caught_up.seq })
     }
@@ -150,6 +154,7 @@ impl ChatView {
             return Applied { update: None, heal };
         }
         self.last_seq = Some(event.seq);
+        self.start.passed();
         match event.kind.clone() {
             Some(Kind::MessageCommitted(message)) => {
                 self.blocks.commit(&message, seen);

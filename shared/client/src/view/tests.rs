@@ -302,16 +302,7 @@ fn events_are_judged_by_their_number() {
 
 #[test]
 fn the_feed_is_checked_too() {
-    let event = |seq| pb::SubscribeResponse {
-        update: Some(pb::subscribe_response::Update::FeedEvent(pb::FeedEvent { seq, ..Default::default() })),
-    };
-    let caught_up = |seq| pb::SubscribeResponse {
-        update: Some(pb::subscribe_response::Update::CaughtUp(pb::CaughtUp {
-            chat_id: String::new(),
-            seq,
-            log_epoch: 1,
-        })),
-    };
+    let (event, caught_up) = (feed_event, |seq| caught_up(None, seq, 1));
     let mut view = View::new();
     view.follow_feed(None);
     assert_eq!(view.begin_stream().feed.unwrap().after_seq, -1);
@@ -325,6 +316,72 @@ fn the_feed_is_checked_too() {
         assert!(view.apply(update).update.is_some());
     }
     assert_eq!((view.verification().holes, view.verification().violations()), (1, 1));
+}
+
+fn snapshot(chat: ChatId, seq: i64, log_epoch: i64) -> pb::SubscribeResponse {
+    let chat = Some(pb::Chat { id: chat.to_string(), ..Default::default() });
+    let snapshot = pb::ChatSnapshot { chat, seq, log_epoch, ..Default::default() };
+    pb::SubscribeResponse { update: Some(pb::subscribe_response::Update::Snapshot(snapshot)) }
+}
+
+fn caught_up(chat: Option<ChatId>, seq: i64, log_epoch: i64) -> pb::SubscribeResponse {
+    let chat_id = chat.map(|chat| chat.to_string()).unwrap_or_default();
+    let caught_up = pb::CaughtUp { chat_id, seq, log_epoch };
+    pb::SubscribeResponse { update: Some(pb::subscribe_response::Update::CaughtUp(caught_up)) }
+}
+
+fn feed_event(seq: i64) -> pb::SubscribeResponse {
+    let event = pb::FeedEvent { seq, ..Default::default() };
+    pb::SubscribeResponse { update: Some(pb::subscribe_response::Update::FeedEvent(event)) }
+}
+
+#[test]
+fn the_first_snapshot_of_a_stream_is_believed() {
+    let chat = ChatId::new();
+    let mut view = View::new();
+    view.follow(chat, From::After { seq: 105, log_epoch: 1 });
+    view.begin_stream();
+    for update in [snapshot(chat, 5, 1), caught_up(Some(chat), 5, 1), started(chat, 6, 1)] {
+        assert!(view.apply(update).update.is_some());
+    }
+    // The caller's cursor was wrong, and nothing that was sent is gone.
+    assert_eq!((view.verification().resets, view.verification().violations()), (1, 0));
+    // One that comes later on the stream is late.
+    assert_eq!(view.apply(snapshot(chat, 5, 1)), Applied::NOTHING);
+    assert_eq!(view.verification().reorderings, 1);
+    view.begin_stream();
+    for update in [snapshot(chat, 4, 1), caught_up(Some(chat), 4, 1), started(chat, 5, 2)] {
+        assert!(view.apply(update).update.is_some());
+    }
+    // Events 5 and 6 had been sent.
+    assert_eq!((view.verification().rollbacks, view.verification().violations()), (1, 2));
+    assert_eq!(view.chat(chat).unwrap().last_seq, Some(5));
+    view.begin_stream();
+    assert!(view.apply(snapshot(chat, 2, 2)).update.is_some());
+    assert_eq!((view.verification().resets, view.verification().violations()), (2, 2), "another log");
+}
+
+#[test]
+fn a_feed_that_begins_elsewhere_is_believed() {
+    let mut view = View::new();
+    view.follow_feed(Some((105, 1)));
+    view.begin_stream();
+    for update in [caught_up(None, 5, 1), feed_event(6)] {
+        assert!(view.apply(update).update.is_some());
+    }
+    assert_eq!((view.verification().resets, view.verification().violations()), (1, 0));
+    view.begin_stream();
+    for update in [caught_up(None, 4, 1), feed_event(5)] {
+        assert!(view.apply(update).update.is_some());
+    }
+    assert_eq!((view.verification().rollbacks, view.verification().violations()), (1, 1));
+    // In the middle of a stream only another log may begin elsewhere.
+    for update in [caught_up(None, 2, 2), feed_event(3)] {
+        assert!(view.apply(update).update.is_some());
+    }
+    assert_eq!((view.verification().resets, view.feed().unwrap().last_seq), (2, Some(3)));
+    assert!(view.apply(caught_up(None, 1, 2)).update.is_some());
+    assert_eq!((view.verification().reorderings, view.feed().unwrap().last_seq), (1, Some(3)));
 }
 
 #[test]
