@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result};
 use futures::StreamExt as _;
 use parking_lot::Mutex;
 use reliant_api::{ApiConfig, ApiDeps};
-use reliant_bus::{Bus, BusConfig, PrefixSubject, UpdateSubject};
+use reliant_bus::{Bus, BusConfig, FeedSubject, PrefixSubject, UpdateSubject};
 use reliant_client::{From, View};
 use reliant_devstack::{Placement, Stack, StackConfig};
 use reliant_flows::{Flows, FlowsConfig};
@@ -466,6 +466,68 @@ async fn a_viewer_whose_cursor_cannot_be_used_begins_anew_and_hears_what_follows
         }
         assert!(unusable(reason) >= counted + 2, "{what}: not counted for the chat and the feed");
     }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_feed_is_seen_once_and_in_order() -> Result<()> {
+    let bench = Bench::start().await?;
+    let ada = bench.person("ada").await?;
+    let chat = ada.chat().await?;
+    let rename = async |title: String| anyhow::Ok(bench.store.rename_chat(ada.user, chat, &title).await?.feed);
+    // Long ago, for who comes back later: nobody follows, so these are in no replica's memory.
+    let (begun, epoch) = (feed_seq(&bench, &ada).await?, bench.store.log_epoch().await?);
+    for n in 0..=limits::RESUME_EVENTS_MAX {
+        rename(format!("before {n}")).await?;
+    }
+    let mut steady = ada.feed(chat, None).await?;
+    let mut moving = ada.feed(chat, None).await?;
+    steady.caught_up().await?;
+    moving.caught_up().await?;
+
+    let hear = async |events: Vec<pb::FeedEvent>| {
+        bench.bus.publish(&FeedSubject { user: ada.user }, &pb::FeedUpdate { events }).await
+    };
+    let mut held = Vec::new();
+    for n in 0..200 {
+        let events = rename(format!("title {n}")).await?;
+        assert!(!events.is_empty(), "a rename is told to the feed");
+        match n % 5 {
+            0 => hear(events).await?,
+            // It arrives after its successor.
+            1 => held = events,
+            2 => {
+                hear(events).await?;
+                hear(std::mem::take(&mut held)).await?;
+            }
+            3 => {
+                hear(events.clone()).await?;
+                hear(events).await?;
+            }
+            _ => {}
+        }
+        if n % 50 == 25 {
+            // Away for some events, and back where it was.
+            let Viewer { view, stream, .. } = moving;
+            drop(stream);
+            rename(format!("missed {n}")).await?;
+            moving = ada.watch(chat, view).await?;
+        }
+    }
+    // The last hint was lost: only the database tells.
+    let last = feed_seq(&bench, &ada).await?;
+    let mut returned = ada.feed(chat, Some((begun, epoch))).await?;
+    for viewer in [&mut steady, &mut moving, &mut returned] {
+        viewer.feed_seq(last).await?;
+    }
+    // Each goes on with what is new.
+    hear(rename("at last".into()).await?).await?;
+    for viewer in [&mut steady, &mut moving, &mut returned] {
+        viewer.feed_seq(last + 1).await?;
+        let seen = viewer.view.verification();
+        assert_eq!((seen.violations(), seen.resets), (0, 0), "{seen:?}");
+    }
+    assert_eq!(moving.view.verification().reconnects, 4);
     Ok(())
 }
 
