@@ -26,6 +26,8 @@ let view: ChatView | undefined;
 let stream: AbortController | undefined;
 let drawing = 0;
 /** A message whose acceptance is not known: sent again with the same id, it is the same message. */
+/** The id of a request for a chat whose answer did not come: the same again is the same chat. */
+let unmade: string | undefined;
 let unsent: { text: string; id: string; chatId: string; click: Click } | undefined;
 /** The click whose answer is not on the page yet. */
 let awaited: { turnId: string; click: Click } | undefined;
@@ -203,7 +205,9 @@ function apply({ update }: SubscribeResponse, shownView: ChatView | undefined): 
 
 async function newChat(): Promise<string | undefined> {
   return attempt(async () => {
-    const { chat } = await api.chats.createChat({});
+    unmade ??= newId();
+    const { chat } = await api.chats.createChat({ clientRequestId: unmade });
+    unmade = undefined;
     if (!chat) return undefined;
     chats.set(chat.id, chat);
     openChat(chat.id);

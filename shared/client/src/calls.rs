@@ -1,7 +1,7 @@
 //! Every RPC of the front door as a method: token, trace context, deadline, and retries where repeating is safe.
 //!
-//! A call that repeats what it did before (reads, settings, decisions, cancels, and SendMessage by its client message id)
-//! is tried again until its deadline. Any other is tried again only where the server certainly did nothing: it
+//! A call that repeats what it did before (reads, settings, decisions, cancels, SendMessage by its client message id, and
+//! CreateChat by its client request id) is tried again until its deadline. Any other is tried again only where the server certainly did nothing: it
 //! refused the call, or could not be connected to.
 
 use std::{error::Error as _, io, time::Duration};
@@ -178,13 +178,22 @@ fn was_refused(status: &Status) -> bool {
     false
 }
 
+/// With an id of its own, however often a request is made it makes one chat.
+fn identified(mut request: pb::CreateChatRequest) -> pb::CreateChatRequest {
+    if request.client_request_id.is_empty() {
+        request.client_request_id = uuid::Uuid::now_v7().to_string();
+    }
+    request
+}
+
 macro_rules! rpcs {
     ($($service:literal, $module:ident::$client:ident {
-        $($name:ident, $rpc:literal, $kind:ident, $request:ident => $response:ident;)*
+        $($name:ident, $rpc:literal, $kind:ident, $request:ident => $response:ident $(, $prepare:ident)?;)*
     })*) => {
         impl Client {$($(
             pub async fn $name(&self, request: pb::$request) -> Result<pb::$response, Failure> {
                 let method = concat!("reliant.v1.", $service, "/", $rpc);
+                $(let request = $prepare(request);)?
                 Box::pin(self.call(method, Kind::$kind, request, |channel, request| async move {
                     rpc::$module::$client::new(channel).max_decoding_message_size(RESPONSE_MAX_BYTES).$name(request).await
                 }))
@@ -199,7 +208,7 @@ macro_rules! rpcs {
 
 rpcs! {
     "ChatService", chat_service_client::ChatServiceClient {
-        create_chat, "CreateChat", Once, CreateChatRequest => CreateChatResponse;
+        create_chat, "CreateChat", Repeatable, CreateChatRequest => CreateChatResponse, identified;
         list_chats, "ListChats", Repeatable, ListChatsRequest => ListChatsResponse;
         get_chat, "GetChat", Repeatable, GetChatRequest => GetChatResponse;
         rename_chat, "RenameChat", Repeatable, RenameChatRequest => RenameChatResponse;

@@ -12,17 +12,52 @@ use crate::{
 };
 
 const UNTITLED: &str = "New chat";
+const REQUEST_INDEX: &str = "chats_request";
 
 impl Store {
+    /// The same client request id of the same user is one chat, which later requests get as it is by then.
     pub async fn create_chat(&self, new: &NewChat) -> Result<Committed<pb::Chat>> {
         let title = if new.title.trim().is_empty() { UNTITLED } else { new.title.as_str() };
         checks::name("title", title, limits::TITLE_MAX_CHARS)?;
         checks::no_nul("root_id", &new.root_id)?;
         checks::name("model", &new.model, 200)?;
-        self.run("create_chat", async || self.create_chat_once(new, title).await).await
+        let request = Some(new.client_request_id.as_str()).filter(|id| !id.is_empty());
+        if let Some(id) = request {
+            checks::name("client_request_id", id, limits::CLIENT_REQUEST_ID_MAX_CHARS)?;
+        }
+        self.run("create_chat", async || {
+            if let Some(chat) = self.chat_of_request(new.user, request).await? {
+                return Ok(Committed::nothing(new.user, chat));
+            }
+            match self.create_chat_once(new, title, request).await {
+                // Somebody asked at the same time: what is stored is the answer.
+                Err(StoreError::Duplicate { constraint }) if constraint == REQUEST_INDEX => {
+                    let chat = self.chat_of_request(new.user, request).await?;
+                    let chat = chat.ok_or(StoreError::Corrupt("a chat that was there"))?;
+                    Ok(Committed::nothing(new.user, chat))
+                }
+                made => made,
+            }
+        })
+        .await
     }
 
-    async fn create_chat_once(&self, new: &NewChat, title: &str) -> Result<Committed<pb::Chat>> {
+    async fn chat_of_request(&self, user: UserId, request: Option<&str>) -> Result<Option<pb::Chat>> {
+        let Some(request) = request else { return Ok(None) };
+        let row = sqlx::query_as!(
+            ChatRow,
+            r#"SELECT id, user_id, project_id, worktree_id, daemon_id, root_id, title, model, mode, last_seq, last_ordinal,
+                      archived_at, created_at, updated_at, now() AS "now!"
+               FROM chats WHERE user_id = $1 AND client_request_id = $2"#,
+            user.0,
+            request,
+        )
+        .fetch_optional(&self.pool)
+        .await?;
+        Ok(row.as_ref().map(ChatRow::to_pb))
+    }
+
+    async fn create_chat_once(&self, new: &NewChat, title: &str, request: Option<&str>) -> Result<Committed<pb::Chat>> {
         let mode = if new.mode == pb::ChatMode::Unspecified { pb::ChatMode::Ask } else { new.mode };
         let mut tx = self.begin().await?;
         let daemons = sqlx::query!(
@@ -53,8 +88,8 @@ impl Store {
         }
         let chat = sqlx::query_as!(
             ChatRow,
-            r#"INSERT INTO chats (id, user_id, project_id, daemon_id, root_id, title, model, mode)
-               VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
+            r#"INSERT INTO chats (id, user_id, project_id, daemon_id, root_id, title, model, mode, client_request_id)
+               VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
                RETURNING id, user_id, project_id, worktree_id, daemon_id, root_id, title, model, mode, last_seq, last_ordinal,
                          archived_at, created_at, updated_at, clock_timestamp() AS "now!""#,
             ChatId::new().0,
@@ -65,11 +100,12 @@ impl Store {
             title,
             new.model,
             mode_text(mode),
+            request,
         )
         .fetch_one(&mut *tx)
         .await
         .map_err(|error| match error.into() {
-            StoreError::Duplicate { .. } => StoreError::not_found("user"),
+            StoreError::Duplicate { constraint } if constraint != REQUEST_INDEX => StoreError::not_found("user"),
             error => error,
         })?;
         let mut tx = ChatTx::with(tx, chat);

@@ -77,6 +77,8 @@ pub struct NewChat {
     pub model: String,
     /// Unspecified: ask.
     pub mode: pb::ChatMode,
+    /// Empty: a chat of its own, whatever was asked for before.
+    pub client_request_id: String,
 }
 
 #[derive(Debug, Clone, Default)]

@@ -34,6 +34,48 @@ async fn the_same_message_sent_by_sixteen_at_once_is_one_turn() {
     world.log().await;
 }
 
+fn asked(user: UserId, request: &str) -> NewChat {
+    NewChat { client_request_id: request.into(), ..new_chat(user, None) }
+}
+
+#[tokio::test]
+async fn the_same_request_for_a_chat_is_one_chat_of_each_user() {
+    let world = World::new().await;
+    let ask = async |new: NewChat| world.store().create_chat(&new).await.unwrap();
+    let first = ask(asked(world.user, "a")).await;
+    assert_eq!(kinds(&first.events), ["chat"]);
+    let chat = first.value.id.parse().unwrap();
+    let renamed = world.store().rename_chat(world.user, chat, "another name").await.unwrap().value;
+    // Whatever else it asks for, even if that is not there any more.
+    let other = NewChat { model: "m/other".into(), daemon: Some(DaemonId::new()), ..asked(world.user, "a") };
+    let again = ask(other).await;
+    assert!(again.events.is_empty() && again.feed.is_empty() && again.wake.is_none());
+    assert_eq!(again.value, renamed);
+    assert_ne!(ask(asked(world.user, "b")).await.value.id, first.value.id);
+    let eve = world.store().ensure_user("eve", "Eve", "member").await.unwrap().id;
+    assert_ne!(ask(asked(eve, "a")).await.value.id, first.value.id);
+    // Without an id each request is another.
+    assert_ne!(ask(asked(world.user, "")).await.value.id, ask(asked(world.user, "")).await.value.id);
+    for bad in ["a\0b".to_owned(), "x".repeat(limits::CLIENT_REQUEST_ID_MAX_CHARS + 1)] {
+        let refused = world.store().create_chat(&asked(world.user, &bad)).await.unwrap_err();
+        assert_eq!(code(refused), Code::InvalidArgument);
+    }
+    let nobody = world.store().create_chat(&asked(UserId::new(), "a")).await.unwrap_err();
+    assert_eq!(code(nobody), Code::NotFound);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn the_same_request_made_by_sixteen_at_once_is_one_chat() {
+    let world = World::new().await;
+    let before = world.db.number("SELECT count(*) FROM chats").await;
+    let new = asked(world.user, "a");
+    let made = futures::future::join_all((0..16).map(|_| world.store().create_chat(&new))).await;
+    let made: Vec<_> = made.into_iter().map(Result::unwrap).collect();
+    assert_eq!(made.iter().filter(|made| !made.events.is_empty()).count(), 1);
+    assert!(made.iter().all(|other| other.value.id == made[0].value.id));
+    assert_eq!(world.db.number("SELECT count(*) FROM chats").await, before + 1);
+}
+
 #[tokio::test]
 async fn what_was_accepted_is_logged_and_to_be_woken() {
     let world = World::new().await;

@@ -11,6 +11,7 @@ pub const GRPC_MESSAGE_MAX_BYTES: usize = 4 * 1024 * 1024;
 /// [`GRPC_MESSAGE_MAX_BYTES`].
 pub const PAGE_MAX_BYTES: usize = 5 * 1024 * 1024 / 2;
 pub const CLIENT_MESSAGE_ID_MAX_CHARS: usize = 128;
+pub const CLIENT_REQUEST_ID_MAX_CHARS: usize = 128;
 pub const TITLE_MAX_CHARS: usize = 200;
 /// Turns of one chat that wait behind the running one.
 pub const CHAT_QUEUED_TURNS_MAX: i64 = 100;

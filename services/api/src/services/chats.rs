@@ -38,6 +38,11 @@ impl Chats {
             root_id: app::optional_line("root_id", &request.root_id, ROOT_ID_MAX_CHARS)?,
             model: self.model(&request.model)?,
             mode: mode(request.mode)?.unwrap_or(pb::ChatMode::Ask),
+            client_request_id: app::optional_line(
+                "client_request_id",
+                &request.client_request_id,
+                limits::CLIENT_REQUEST_ID_MAX_CHARS,
+            )?,
         };
         let committed = self.0.deps.store.create_chat(&new).await.map_err(refused)?;
         Ok(pb::CreateChatResponse { chat: Some(self.0.effects.after(committed)) })

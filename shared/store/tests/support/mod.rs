@@ -252,6 +252,7 @@ pub fn new_chat(user: UserId, daemon: Option<DaemonId>) -> NewChat {
         root_id: String::new(),
         model: "sim/default".into(),
         mode: pb::ChatMode::Auto,
+        client_request_id: String::new(),
     }
 }
 
