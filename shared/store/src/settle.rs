@@ -197,6 +197,10 @@ pub(crate) async fn end_turn(tx: &mut ChatTx, turn: TurnId, ending: TurnEnding<'
             store_results(tx, &round);
         }
     }
+    // It leaves the line at once, before anybody looks at the chat: others are not to stand behind what has ended.
+    if row.held_at.is_some() {
+        tx.release_hold();
+    }
     tx.touch();
     tx.want(&row.traceparent);
     let producer = row.producer.map(InstanceId);

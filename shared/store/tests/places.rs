@@ -141,8 +141,10 @@ async fn a_held_turn_may_be_cancelled_and_its_chat_archived() {
     let (chat, turn, _) = send(&world, world.user).await;
     assert_eq!(held(&world).await, 1);
     let _ = world.store().request_cancel(world.user, turn).await.unwrap();
+    assert_eq!(held(&world).await, 0, "nothing of it is left in the line, before anybody looked at the chat");
+    let found = world.store().unseen_chats(Duration::ZERO, 10).await.unwrap();
+    assert!(found.iter().any(|wake| wake.chat == chat), "and a lost wake is found: {found:?}");
     assert_eq!(step(&world, chat).await, Step::Idle);
-    assert_eq!(held(&world).await, 0, "nothing of it is left in the line");
     answered(&world, running, 0, Vec::new()).await;
 }
 
