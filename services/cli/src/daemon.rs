@@ -2,13 +2,15 @@
 
 use std::{
     io::{Read as _, Seek as _, SeekFrom},
+    net::SocketAddr,
     path::PathBuf,
+    sync::Arc,
     time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail};
-use reliant_daemon::{DaemonConfig, RootConfig};
-use reliant_runtime::{Drain, InstanceId};
+use reliant_daemon::{Built, DaemonConfig, RootConfig};
+use reliant_runtime::{AdminServer, Drain, InstanceId, TaskKind, check_fn};
 use reliant_types::{Secret, pb};
 
 use crate::{
@@ -98,10 +100,30 @@ async fn start(global: Global, args: DaemonStartArgs) -> Result<()> {
     let guard = server::telemetry(&config, "reliant-daemon", InstanceId::new())?;
     let drain = Drain::new();
     drain.watch_signals().context("could not listen for signals")?;
-    let daemon = reliant_daemon::build(config.daemon).await?;
+    let admin = config.daemon.admin;
+    let mut daemon = reliant_daemon::build(config.daemon).await?;
+    if let Some(addr) = admin {
+        daemon = with_admin(daemon, addr, &drain).await?;
+    }
     daemon.run(drain.token()).await?;
     guard.shutdown();
     Ok(())
+}
+
+/// `/health`, `/ready` and `/metrics`, until the process ends.
+async fn with_admin(daemon: Built, addr: SocketAddr, drain: &Drain) -> Result<Built> {
+    let connection = Arc::new(daemon.connection());
+    let check = check_fn("gateway", move || {
+        let connection = connection.clone();
+        async move { connection() }
+    });
+    let admin = AdminServer::bind(addr, vec![check]).await;
+    let admin = admin.with_context(|| {
+        format!("the daemon's admin address {addr} cannot be listened on; give daemon.admin another")
+    })?;
+    let daemon = daemon.with_admin(admin.local_addr());
+    drain.spawn(TaskKind::Upkeep("admin"), admin.serve(drain.clone()));
+    Ok(daemon)
 }
 
 /// `NAME=DIR` or `DIR`.
@@ -133,6 +155,9 @@ fn status(global: &Global, state: &DaemonState) -> Result<()> {
             "  MCP server {} ({}): {}, {} tools {}",
             server.server, server.root, server.state, server.tools, server.error
         ));
+    }
+    if let Some(admin) = status.admin {
+        say(&format!("  admin pages: http://{admin}/ready and /metrics"));
     }
     say(&format!("  Landlock: {}", if status.landlock { "on" } else { "off" }));
     for call in &status.running {

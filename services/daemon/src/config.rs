@@ -1,6 +1,6 @@
 //! What the daemon is told. Everything has a default but the gateway's token.
 
-use std::{path::PathBuf, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use reliant_types::{Secret, limits};
 use serde::{Deserialize, Serialize};
@@ -40,6 +40,8 @@ pub struct DaemonConfig {
     pub outputs_max_bytes: u64,
     /// Seconds that running calls get to end when the daemon is asked to stop.
     pub drain_seconds: u64,
+    /// Where `/health`, `/ready` and `/metrics` are served, a loopback address; none by default.
+    pub admin: Option<SocketAddr>,
     /// Offers `noop`, an empty tool for measurements.
     pub bench_tools: bool,
 }
@@ -69,6 +71,7 @@ impl Default for DaemonConfig {
             journal_max_bytes: 256 * 1024 * 1024,
             outputs_max_bytes: 1024 * 1024 * 1024,
             drain_seconds: 10,
+            admin: None,
             bench_tools: false,
         }
     }
@@ -105,6 +108,9 @@ impl DaemonConfig {
         }
         if self.max_running == 0 || self.max_running > limits::DAEMON_RUNNING_CALLS_MAX {
             return bad(format!("max_running must be 1 to {}", limits::DAEMON_RUNNING_CALLS_MAX));
+        }
+        if let Some(admin) = self.admin.filter(|admin| !admin.ip().is_loopback()) {
+            return bad(format!("admin {admin} would be reachable from elsewhere; write 127.0.0.1:port"));
         }
         if self.state_dir.as_os_str().is_empty() {
             self.state_dir = Self::default_state_dir()?;
@@ -147,6 +153,8 @@ mod tests {
         assert!(check(|c| c.gateway = String::new()).is_err());
         assert!(check(|c| c.gateway = "localhost:1".into()).is_err());
         assert!(check(|c| c.max_running = 0).is_err());
+        assert!(check(|c| c.admin = Some(([127, 0, 0, 1], 0).into())).is_ok());
+        assert!(check(|c| c.admin = Some(([0, 0, 0, 0], 7446).into())).is_err());
         assert!(serde_json::from_str::<DaemonConfig>(r#"{"gatewai": "x"}"#).is_err());
     }
 

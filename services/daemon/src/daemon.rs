@@ -1,6 +1,6 @@
 //! The daemon put together: `build` takes the state directory and recovers, `run` serves until it is told to stop.
 
-use std::{sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use reliant_telemetry::chain;
 use reliant_types::Incarnation;
@@ -38,6 +38,7 @@ pub struct Built {
     roots: Roots,
     shared: Arc<Shared>,
     started_at: String,
+    admin: Option<SocketAddr>,
 }
 
 /// Takes the state directory, opens the journal, ends what an earlier process left.
@@ -66,7 +67,7 @@ pub async fn build(config: DaemonConfig) -> Result<Built, DaemonError> {
     let gateways = config.gateways().map(str::to_owned).collect();
     let shared = Arc::new(Shared::new(calls.clone(), config.token.clone(), gateways, hostname()));
     let started_at = chrono::Utc::now().to_rfc3339();
-    let built = Built { config, state_dir, journal, calls, mcp, roots, shared, started_at };
+    let built = Built { config, state_dir, journal, calls, mcp, roots, shared, started_at, admin: None };
     built.shared.declared.send_replace(declared(&built.calls, &built.roots));
     Ok(built)
 }
@@ -96,6 +97,22 @@ impl Built {
     /// The ids of the roots, in the order of the configuration.
     pub fn root_ids(&self) -> Vec<String> {
         self.roots.iter().map(|r| r.id.clone()).collect()
+    }
+
+    /// Says in the status file where the admin pages are, which whoever composes the process serves.
+    pub fn with_admin(mut self, addr: SocketAddr) -> Self {
+        self.admin = Some(addr);
+        self
+    }
+
+    /// Whether the daemon is connected now, for `/ready`; else a sentence that says why not.
+    pub fn connection(&self) -> impl Fn() -> Result<(), String> + Send + Sync + 'static {
+        let connection = self.shared.connection.subscribe();
+        move || match &*connection.borrow() {
+            now if now.connected => Ok(()),
+            now if now.last_error.is_empty() => Err("not connected yet".to_owned()),
+            now => Err(format!("not connected: {}", now.last_error)),
+        }
     }
 
     /// Serves until `stop`. Running calls then get their time, results their chance to be collected; whatever is not
@@ -178,6 +195,7 @@ impl Built {
             daemon_id: connection.daemon_id,
             gateway_id: connection.gateway_id,
             last_error: connection.last_error,
+            admin: self.admin,
             landlock: calls.toolbox.sandbox.is_on(),
             roots: self
                 .roots

@@ -2,6 +2,7 @@
 //! is told by its lock, never by the file.
 
 use std::{
+    net::SocketAddr,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -31,6 +32,8 @@ pub struct Status {
     pub gateway_id: String,
     /// Why it is not connected.
     pub last_error: String,
+    /// Where its admin pages are, if it was told to have some.
+    pub admin: Option<SocketAddr>,
     /// Whether shell commands run under Landlock.
     pub landlock: bool,
     pub roots: Vec<RootStatus>,

@@ -162,6 +162,10 @@ impl Tunnel {
             })
             .await?;
         self.hub.publish_feed(principal.user, committed.feed).await;
+        if committed.value.journal_replaced {
+            metrics::DAEMON_JOURNALS_REPLACED.inc();
+            tracing::warn!(daemon.id = %daemon, "a daemon came with another journal than the last time");
+        }
         Ok(committed.value)
     }
 

@@ -31,7 +31,7 @@ pub struct MeshSpec {
     pub apis: usize,
     pub workers: usize,
     pub gateways: usize,
-    /// Fixed addresses of the first api, gateway and their admin listeners are wished for; else any port.
+    /// Fixed addresses of the first api, gateway, and of admin listeners are wished for; else any port.
     pub usual_ports: bool,
     /// More TOML for the configuration file.
     pub extra_config: String,
@@ -97,10 +97,11 @@ impl Mesh {
     /// Starts a daemon process for the machine's person. Its token goes by a file of its own.
     pub async fn start_daemon(&self, daemon: DaemonSpec) -> Result<RoleProcess, StackError> {
         let mut text = format!(
-            "[daemon]\ngateway = {}\ntoken = {}\nstate_dir = {}\n",
+            "[daemon]\ngateway = {}\ntoken = {}\nstate_dir = {}\nadmin = {}\n",
             quoted(&daemon.gateway_url),
             quoted(&daemon.token),
             quoted(&daemon.state_dir.to_string_lossy()),
+            quoted(&if self.spec.usual_ports { usual(7446) } else { "127.0.0.1:0".to_owned() }),
         );
         text.push_str(&daemon.extra_config);
         for (name, path) in &daemon.roots {

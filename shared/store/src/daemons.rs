@@ -173,7 +173,8 @@ impl Store {
         self.run("connect_daemon", async || {
             let mut tx = self.begin().await?;
             let row = sqlx::query!(
-                "SELECT name, instance FROM daemons WHERE id = $1 AND user_id = $2 AND revoked_at IS NULL FOR NO KEY UPDATE",
+                "SELECT name, instance, incarnation FROM daemons
+                 WHERE id = $1 AND user_id = $2 AND revoked_at IS NULL FOR NO KEY UPDATE",
                 hello.daemon.0,
                 hello.user.0,
             )
@@ -216,7 +217,9 @@ impl Store {
             let came = lease.was_away.then(|| changed(hello.daemon, row.name, true));
             let feed = log_feed(&mut tx, hello.user, came.into_iter().collect()).await?;
             tx.commit().await?;
-            Ok(Committed { feed, ..Committed::nothing(hello.user, Lease { instance, epoch: lease.epoch }) })
+            let journal_replaced = row.incarnation.is_some_and(|before| before != hello.incarnation.0);
+            let lease = Lease { instance, epoch: lease.epoch, journal_replaced };
+            Ok(Committed { feed, ..Committed::nothing(hello.user, lease) })
         })
         .await
     }

@@ -151,6 +151,8 @@ pub struct Lease {
     pub instance: i64,
     /// Counts leases; a renewal names it.
     pub epoch: i64,
+    /// The daemon came with another journal than the last time.
+    pub journal_replaced: bool,
 }
 
 /// What came of a renewal.

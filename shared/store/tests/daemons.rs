@@ -13,18 +13,18 @@ use support::*;
 async fn a_lease_orders_by_instance() {
     let world = World::new().await;
     let store = world.store();
-    assert_eq!(world.lease, Lease { instance: 1, epoch: 1 });
+    assert_eq!(world.lease, Lease { instance: 1, epoch: 1, journal_replaced: false });
     let again =
         |instance, gateway| store.connect_daemon(hello(world.user, world.daemon, gateway, world.journal, instance));
     let other = InstanceId::new();
     // Its own newer stream, on another gateway.
     let lease = again(1, other).await.unwrap();
-    assert_eq!((lease.value, lease.feed.len()), (Lease { instance: 1, epoch: 2 }, 0));
+    assert_eq!((lease.value, lease.feed.len()), (Lease { instance: 1, epoch: 2, journal_replaced: false }, 0));
     let held = store.renew_leases(world.gateway, &[(world.daemon, 1, 1)]).await.unwrap().held;
     assert!(held.is_empty(), "the older stream lost it");
     assert_eq!(store.renew_leases(other, &[(world.daemon, 1, 2)]).await.unwrap().held, [world.daemon]);
     // A new process.
-    assert_eq!(again(0, other).await.unwrap().value, Lease { instance: 2, epoch: 3 });
+    assert_eq!(again(0, other).await.unwrap().value, Lease { instance: 2, epoch: 3, journal_replaced: false });
     assert!(matches!(again(1, other).await, Err(StoreError::DaemonReplaced)));
     assert_eq!(code(again(1, other).await.unwrap_err()), Code::DaemonReplaced);
     // Only the lease that is held can be given back.
@@ -39,6 +39,12 @@ async fn a_lease_orders_by_instance() {
     let back = again(2, other).await.unwrap();
     assert_eq!((back.value.epoch, back.feed.len()), (4, 1), "epochs only grow");
     assert!(store.list_daemons(world.user, false).await.unwrap()[0].connected);
+    // The next process has lost its journal, and the one after it has that new one.
+    let journal = Incarnation::new();
+    for (instance, journal_replaced) in [(3, true), (4, false)] {
+        let lease = store.connect_daemon(hello(world.user, world.daemon, other, journal, 0)).await.unwrap().value;
+        assert_eq!((lease.instance, lease.journal_replaced), (instance, journal_replaced));
+    }
 }
 
 #[tokio::test]

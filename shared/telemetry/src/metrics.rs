@@ -188,6 +188,8 @@ metrics! {
     pub static DAEMON_FRAMES_REFUSED: IntCounterVec = ("reliant_daemon_frames_refused_total", ["reason"]);
     /// Daemon streams that ended, by reason (closed, replaced, outdated, revoked, token_expired, lease_lost, bus_away, drained, unreadable, refused).
     pub static DAEMON_STREAM_ENDS: IntCounterVec = ("reliant_daemon_stream_ends_total", ["reason"]);
+    /// Daemons that came with another journal than the stored one: it was lost or reset, or two machines use one daemon. What ran under the old one is of unknown outcome.
+    pub static DAEMON_JOURNALS_REPLACED: IntCounter = ("reliant_daemon_journals_replaced_total", []);
     /// Requests to daemons whose answer is awaited.
     pub static DAEMON_PENDING: IntGauge = ("reliant_daemon_pending_requests", []);
     /// A request to a daemon over its stream, by frame (dispatch, cancel, output, prefix) and outcome (answered, unanswered, cancelled).

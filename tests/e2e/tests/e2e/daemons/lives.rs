@@ -6,12 +6,16 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use reliant_bus::{Bus, BusConfig, ToolSubject};
 use reliant_client::ChatSession;
+use reliant_devstack::http_get;
 use reliant_harness::{DaemonOptions, Observer, Person, Rig, RigOptions, TestDaemon, eventually};
 use reliant_types::{DaemonId, ToolCallId, TurnId, limits, pb};
 use serde_json::json;
 
 use super::{call_that_is, calls, file, runs};
-use crate::scripts::{MODEL, PATIENCE, one_call, session};
+use crate::{
+    overload::metric,
+    scripts::{MODEL, PATIENCE, one_call, session},
+};
 
 struct Desk {
     rig: Rig,
@@ -45,7 +49,7 @@ impl Desk {
 
     async fn metrics(&self) -> Result<String> {
         let admin = self.rig.mesh.workers[0].addresses().admin.context("a worker has an admin listener")?;
-        Ok(reliant_devstack::http_get(admin, "/metrics").await?.1)
+        Ok(http_get(admin, "/metrics").await?.1)
     }
 
     /// How often the relay woke chats that nothing else did.
@@ -249,10 +253,51 @@ async fn children_that_outlive_the_daemon_die_with_the_next_one() -> Result<()> 
         desk.daemon.process.restart(PATIENCE).await?;
         let call = desk.ended_well(&mut chat, turn).await?;
         assert_eq!((call.status(), call.unknown_cause()), (pb::ToolCallStatus::OutcomeUnknown, cause), "{call:?}");
+        let gateway = desk.rig.mesh.gateways[0].addresses().admin.context("a gateway has an admin listener")?;
+        let replaced = metric(gateway, "reliant_daemon_journals_replaced_total").await?;
+        assert_eq!(replaced, if loses_journal { 1.0 } else { 0.0 }, "{name}");
         eventually("the end of what was left over", PATIENCE, || async {
             Ok((!pids.iter().any(|pid| runs(pid))).then_some(()))
         })
         .await?;
     }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_tells_of_itself_on_an_admin_listener() -> Result<()> {
+    let mut desk = Desk::open().await?;
+    let admin = async |desk: &Desk| {
+        let state_dir = desk.daemon.state_dir.clone();
+        eventually("the admin listener's address", PATIENCE, || async {
+            Ok(reliant_daemon::status(&state_dir)?.and_then(|status| status.admin))
+        })
+        .await
+    };
+    let at = admin(&desk).await?;
+    assert_eq!(http_get(at, "/health").await?.0, 200);
+    assert_eq!(http_get(at, "/ready").await?.0, 200);
+    let commits = metric(at, "reliant_journal_commit_seconds_count").await?;
+    let (mut chat, turn) = desk.runs("echo ran").await?;
+    desk.ended_well(&mut chat, turn).await?;
+    let more = metric(at, "reliant_journal_commit_seconds_count").await? - commits;
+    assert!(more >= 2.0, "begun and finished are synced one by one, and {more} commits were counted");
+
+    // Its gateway is away: it runs, and says what it has not.
+    desk.rig.mesh.gateways[0].kill();
+    let missing = eventually("a daemon that is not ready", PATIENCE, || async {
+        let (status, text) = http_get(at, "/ready").await?;
+        Ok((status == 503).then_some(text))
+    })
+    .await?;
+    let report: serde_json::Value = serde_json::from_str(&missing)?;
+    assert_eq!(report["missing"], json!(["gateway"]), "{missing}");
+    assert_eq!(http_get(at, "/health").await?.0, 200);
+    desk.rig.mesh.gateways[0].restart(PATIENCE).await?;
+    eventually("a daemon that is ready again", PATIENCE, || async {
+        Ok((http_get(at, "/ready").await?.0 == 200).then_some(()))
+    })
+    .await?;
+    assert!(metric(at, "reliant_daemon_reconnects_total").await? >= 1.0);
     Ok(())
 }

@@ -237,6 +237,9 @@ async fn two_gigabytes_and_garbage_harm_nobody_else() -> Result<()> {
         assert!(grown < GROWTH_MAX_KIB, "{} grew by {grown} KiB", role.name());
     }
     eprintln!("{turns} turns of somebody else meanwhile, the longest took {longest:?}");
+    let dropped = counted(&rig, "reliant_queue_refused_total{queue=\"tunnel_output\"}").await?;
+    eprintln!("{dropped} of {} pieces were dropped, and counted", FLOOD_BYTES / FRAME_BYTES);
+    assert!(dropped > 0.0, "a flood was dropped, and no metric says so");
     assert!(turns > 0 && longest < Duration::from_secs(15), "{turns} turns, the longest {longest:?}");
 
     // A result as large as a frame may be is shortened, a larger one is no frame.
