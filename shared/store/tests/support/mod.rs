@@ -1,6 +1,7 @@
 //! One database per test, made from the migrations and dropped afterwards, on the server of `RELIANT_TEST_DATABASE_URL`.
 #![allow(dead_code, clippy::unwrap_used)]
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use reliant_store::*;
@@ -47,6 +48,14 @@ impl Db {
         sqlx::query(sql).execute(&self.raw).await.unwrap();
     }
 
+    /// The name of the constraint that refuses this; empty: nothing did.
+    pub async fn refused(&self, sql: &'static str) -> String {
+        match sqlx::query(sql).execute(&self.raw).await {
+            Ok(_) => String::new(),
+            Err(error) => error.as_database_error().and_then(|error| error.constraint()).unwrap_or("none").to_owned(),
+        }
+    }
+
     pub async fn number(&self, sql: &'static str) -> i64 {
         sqlx::query_scalar(sql).fetch_one(&self.raw).await.unwrap()
     }
@@ -78,8 +87,8 @@ pub struct World {
     pub gateway: InstanceId,
     pub worker: InstanceId,
     pub lease: Lease,
-    /// What the worker has read of the chat.
-    known: tokio::sync::Mutex<Option<Transcript>>,
+    /// What the worker has read of chats.
+    known: tokio::sync::Mutex<HashMap<ChatId, Transcript>>,
 }
 
 impl World {
@@ -128,9 +137,9 @@ impl World {
     pub async fn history(&self, attempt: &Attempt) -> History {
         let mut known = self.known.lock().await;
         let (history, _) = self.store().history(attempt, None).await.unwrap();
-        let (grown, kept) = self.store().history(attempt, known.take()).await.unwrap();
+        let (grown, kept) = self.store().history(attempt, known.remove(&attempt.chat)).await.unwrap();
         assert_eq!(history, grown);
-        *known = kept;
+        known.extend(kept.map(|kept| (attempt.chat, kept)));
         history
     }
 
