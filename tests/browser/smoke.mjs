@@ -1,13 +1,15 @@
 // One flow through the real page in a real browser: signs in by the link, sees text stream, sees a shell call succeed.
 //
-// Usage: node smoke.mjs SIGN_IN_URL [SCREENSHOT_DIR]
+// Usage: node smoke.mjs SIGN_IN_URL [MESSAGE [SCREENSHOT_DIR]]
+// MESSAGE asks for a shell call during which whoever starts this kills the daemon; its card must say what is known of it.
+// Empty: that step is left out.
 // Ends with 0 when everything was as expected; else says what was not, and saves a picture of it.
 
 import { inBrowser } from "./browser.mjs";
 
-const [url, pictures = "target/browser"] = process.argv.slice(2);
+const [url, interrupted = "", pictures = "target/browser"] = process.argv.slice(2);
 if (!url) {
-  console.error("usage: node smoke.mjs SIGN_IN_URL [SCREENSHOT_DIR]");
+  console.error("usage: node smoke.mjs SIGN_IN_URL [MESSAGE [SCREENSHOT_DIR]]");
   process.exit(2);
 }
 
@@ -51,6 +53,15 @@ await inBrowser(pictures, async (page, check) => {
     await page.locator("#cancel").waitFor({ state: "hidden" });
   });
   await page.screenshot({ path: `${pictures}/2-tool.png` });
+  if (interrupted) {
+    await check("a call whose daemon dies says that its outcome is unknown, and why", async () => {
+      await send(page, interrupted);
+      const card = page.locator('.tool[data-tool="shell"][data-status="outcome_unknown"]');
+      await card.locator(".status", { hasText: "the daemon or the tool's server died while it ran" }).waitFor();
+      await page.locator("#cancel").waitFor({ state: "hidden" });
+    });
+    await page.screenshot({ path: `${pictures}/2-unknown.png` });
+  }
   await check("a reload shows the same chat", async () => {
     const before = await page.locator("#transcript article").count();
     await page.reload();

@@ -209,9 +209,15 @@ impl<W: Write> Renderer<W> {
             Failed => (Style::Red, "✗", "failed"),
             Cancelled => (Style::Yellow, "✗", "cancelled"),
             TimedOut => (Style::Red, "✗", "timed out"),
-            _ => (Style::Red, "?", "outcome unknown: it cannot be known whether it ran to its end"),
+            _ => return self.outcome_unknown(call),
         };
         self.line(style, &format!("{sign} {} {word}{exit}", call.tool))
+    }
+
+    /// Says it whatever was shown of the call before: its output alone would pass for all that it did.
+    fn outcome_unknown(&mut self, call: &pb::ToolCall) -> std::io::Result<()> {
+        self.line(Style::Red, &format!("? {} outcome unknown: {}", call.tool, cause_words(call.unknown_cause())))?;
+        self.line(Style::Yellow, "  It may have run in part or in whole: look at its effects before you run it again.")
     }
 
     fn output(&mut self, call: &str, piece: &[u8]) -> std::io::Result<()> {
@@ -305,6 +311,16 @@ fn printable(text: &str) -> String {
 }
 
 /// Whole seconds, both stamps by the database's clock.
+fn cause_words(cause: pb::UnknownCause) -> &'static str {
+    match cause {
+        pb::UnknownCause::ProcessDied => "the daemon or the tool's server died while it ran",
+        pb::UnknownCause::JournalLost => "it was sent, and the daemon's journal was lost afterwards",
+        pb::UnknownCause::DaemonAway => "it was sent, and the daemon stayed away past the deadline",
+        // Of a newer server.
+        pb::UnknownCause::Unspecified => "it cannot be known whether it ran to its end",
+    }
+}
+
 fn seconds_between(from: Option<&prost_types::Timestamp>, to: Option<&prost_types::Timestamp>) -> i64 {
     let nanos = |at: &prost_types::Timestamp| i128::from(at.seconds) * 1_000_000_000 + i128::from(at.nanos);
     let between = from.zip(to).map_or(0, |(from, to)| nanos(to) - nanos(from));
@@ -379,6 +395,52 @@ mod tests {
         let text = "… the model provider is overloaded or failing (status 529); trying again in 12 s\n";
         assert_eq!(shown(&[waits, again.clone()]), text);
         assert!(shown(&[again]).contains("the attempt was lost"));
+    }
+
+    /// What is shown of a call that printed `output` and whose outcome then could not be known.
+    fn unknown_after(output: &str, cause: pb::UnknownCause) -> String {
+        let call = pb::ToolCall {
+            id: "m".into(),
+            tool: "shell".into(),
+            status: pb::ToolCallStatus::OutcomeUnknown as i32,
+            unknown_cause: cause as i32,
+            ..Default::default()
+        };
+        let block = pb::BlockRef { target_id: "m".into(), block: 0, kind: pb::StreamKind::Stdout as i32 };
+        let piece = output.as_bytes().to_vec().into();
+        let output = ClientUpdate::Delta(pb::Delta { block: Some(block), piece, ..Default::default() });
+        let changed = pb::ToolCallChanged { tool_call: Some(call), ..Default::default() };
+        let kind = Some(pb::chat_event::Kind::ToolCallChanged(changed));
+        shown(&[output, ClientUpdate::Event(pb::ChatEvent { kind, ..Default::default() })])
+    }
+
+    fn check_unknown(cause: pb::UnknownCause, words: &str) {
+        let advice = "look at its effects before you run it again.\n";
+        for output in ["", "half of it\n"] {
+            let shown = unknown_after(output, cause);
+            assert!(shown.contains(&format!("? shell outcome unknown: {words}\n")), "{cause:?}: {shown}");
+            assert!(shown.ends_with(advice) && shown.contains(output.trim()), "{cause:?}: {shown}");
+        }
+    }
+
+    #[test]
+    fn a_process_that_died_is_told_as_the_cause() {
+        check_unknown(pb::UnknownCause::ProcessDied, "the daemon or the tool's server died while it ran");
+    }
+
+    #[test]
+    fn a_lost_journal_is_told_as_the_cause() {
+        check_unknown(pb::UnknownCause::JournalLost, "it was sent, and the daemon's journal was lost afterwards");
+    }
+
+    #[test]
+    fn a_daemon_that_stayed_away_is_told_as_the_cause() {
+        check_unknown(pb::UnknownCause::DaemonAway, "it was sent, and the daemon stayed away past the deadline");
+    }
+
+    #[test]
+    fn a_cause_that_is_not_known_here_is_not_guessed() {
+        check_unknown(pb::UnknownCause::Unspecified, "it cannot be known whether it ran to its end");
     }
 
     #[test]

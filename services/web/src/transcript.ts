@@ -5,7 +5,7 @@ import { StreamKind } from "../gen/reliant/v1/updates_pb.js";
 import { el, place, setText } from "./dom.js";
 import { ToolCard } from "./toolcard.js";
 import type { ChatView, LiveMessage } from "./view.js";
-import { prose, turnWords } from "./words.js";
+import { prose, restartWords, turnWords } from "./words.js";
 
 /** Nearer to the end than this, the reader is taken along. */
 const STICKY_PX = 90;
@@ -49,7 +49,7 @@ export class Transcript {
       if (message.role !== Role.TOOL) nodes.push(this.#message(view, message));
       const turn = turns.get(message.turnId);
       if (turn && last.get(turn.id) === message.id) {
-        for (const live of view.live.values()) if (live.started.turnId === turn.id) nodes.push(this.#live(live));
+        for (const live of view.live.values()) if (live.started.turnId === turn.id) nodes.push(...this.#writing(live));
         const words = turnWords(turn);
         const writing = [...view.live.values()].some((live) => live.started.turnId === turn.id && live.blocks.size > 0);
         if (words && !writing) nodes.push(this.#note(`turn ${turn.id}`, words));
@@ -95,6 +95,12 @@ export class Transcript {
       default:
         return [];
     }
+  }
+
+  #writing(live: LiveMessage): HTMLElement[] {
+    const again = restartWords(live.started);
+    const message = this.#live(live);
+    return again ? [this.#note(`restart ${live.started.messageId}`, again), message] : [message];
   }
 
   #live(live: LiveMessage): HTMLElement {

@@ -1,6 +1,7 @@
 // What states are called, and how values are shown. Pure.
 
 import { type ToolCall, ToolCallStatus, type Turn, TurnStatus, UnknownCause } from "../gen/reliant/v1/common_pb.js";
+import type { MessageStarted } from "../gen/reliant/v1/updates_pb.js";
 import { timestampMs } from "@bufbuild/protobuf/wkt";
 import { callEnded } from "./view.js";
 
@@ -40,6 +41,11 @@ export function callWords(call: ToolCall): string {
     parts.push(duration(timestampMs(call.endedAt) - timestampMs(call.startedAt)));
   }
   return parts.filter(Boolean).join(" · ");
+}
+
+/** A line before a message that is written anew: what stood there of it is void. Empty for a first attempt. */
+export function restartWords(started: MessageStarted): string {
+  return started.restarted ? "An attempt broke off; the model starts this message again." : "";
 }
 
 export function duration(ms: number): string {

@@ -3,7 +3,8 @@ import test from "node:test";
 import { create } from "@bufbuild/protobuf";
 import { timestampFromMs } from "@bufbuild/protobuf/wkt";
 import { ToolCallSchema, ToolCallStatus, TurnSchema, TurnStatus, UnknownCause } from "../gen/reliant/v1/common_pb.js";
-import { callWords, duration, gist, pretty, prose, turnWords } from "../src/words.js";
+import { MessageStartedSchema } from "../gen/reliant/v1/updates_pb.js";
+import { callWords, duration, gist, pretty, prose, restartWords, turnWords } from "../src/words.js";
 
 test("prose keeps every character of its text", () => {
   assert.deepEqual(prose("a `b` c"), [
@@ -28,6 +29,12 @@ test("a call's state is said in words", () => {
   });
   assert.equal(callWords(call), "outcome unknown · the daemon's journal was lost");
   assert.equal(callWords(create(ToolCallSchema, { status: ToolCallStatus.FAILED, exitCode: 2 })), "failed · exit code 2");
+});
+
+test("a message that is started again says so", () => {
+  assert.equal(restartWords(create(MessageStartedSchema, { epoch: 2n })), "");
+  const again = create(MessageStartedSchema, { epoch: 2n, restarted: true });
+  assert.equal(restartWords(again), "An attempt broke off; the model starts this message again.");
 });
 
 test("values are shown short", () => {

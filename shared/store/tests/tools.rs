@@ -276,6 +276,36 @@ async fn a_daemon_that_stays_away_leaves_an_unknown_outcome_and_a_late_result() 
 }
 
 #[tokio::test]
+async fn an_unknown_outcome_has_a_cause_from_the_list_and_nothing_else_has_one() {
+    let world = World::new().await;
+    let (turn, calls) = world.asked(vec![call(0, "shell"), call(1, "shell")]).await;
+    let generations = [world.dispatch(calls[0]).await, world.dispatch(calls[1]).await];
+    let (has_cause, known) = ("tool_calls_unknown_has_cause", "tool_calls_unknown_cause_known");
+    for (sql, constraint) in [
+        ("UPDATE tool_calls SET status = 'outcome_unknown'", has_cause),
+        ("UPDATE tool_calls SET unknown_cause = 'daemon_away'", has_cause),
+        ("UPDATE tool_calls SET status = 'outcome_unknown', unknown_cause = 'bad luck'", known),
+    ] {
+        assert_eq!(world.db.refused(sql).await, constraint, "{sql}");
+    }
+    // A daemon that names no cause, or one for an outcome that is known, is put right.
+    let ended = |at: usize, status: Status, cause: pb::UnknownCause| pb::ToolResult {
+        status: status as i32,
+        unknown_cause: cause as i32,
+        ..world.result(calls[at], generations[at], "half")
+    };
+    for result in [
+        ended(0, Status::OutcomeUnknown, pb::UnknownCause::Unspecified),
+        ended(1, Status::Succeeded, pb::UnknownCause::JournalLost),
+    ] {
+        assert_eq!(world.ack(&result).await, pb::AckOutcome::Committed);
+    }
+    let rows = world.calls(turn).await;
+    assert_eq!((rows[0].status(), rows[0].unknown_cause()), (Status::OutcomeUnknown, pb::UnknownCause::ProcessDied));
+    assert_eq!((rows[1].status(), rows[1].unknown_cause()), (Status::Succeeded, pb::UnknownCause::Unspecified));
+}
+
+#[tokio::test]
 async fn without_a_daemon_a_call_fails_with_a_sentence() {
     let world = World::new().await;
     let (turn, _) = world.asked(vec![call(0, "shell")]).await;

@@ -10,13 +10,15 @@ use crate::{
     scripts::{MODEL, PATIENCE, one_call, session},
 };
 use anyhow::{Context as _, Result, ensure};
-use reliant_harness::{DaemonOptions, Rig, RigOptions, tools_dir};
+use reliant_harness::{DaemonOptions, Rig, RigOptions, eventually, tools_dir};
 use reliant_observe::tree;
 use reliant_types::pb;
 use serde_json::json;
 use tokio::{io::AsyncWriteExt as _, process::Command};
 
 const LOGIN_CODE_TTL: std::time::Duration = std::time::Duration::from_secs(600);
+/// Until the page has come so far as to ask for the call.
+const BROWSER_PATIENCE: std::time::Duration = std::time::Duration::from_secs(120);
 
 fn repository() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).expect("tests/e2e is two levels down")
@@ -63,15 +65,26 @@ async fn a_browser_signs_in_chats_and_sees_a_tool_run() -> Result<()> {
     let config = "[models]\ndefault = \"sim/default?rate=60\"\n".to_owned();
     let (rig, sink) = traced(RigOptions { config, ..Default::default() }).await?;
     let ada = rig.person("ada").await?;
-    let _daemon = rig.daemon(&ada, "laptop", DaemonOptions::default()).await?;
+    let mut daemon = rig.daemon(&ada, "laptop", DaemonOptions::default()).await?;
     let code = rig.store.create_login_code(ada.user, LOGIN_CODE_TTL).await?;
     let url = format!("{}/#code={code}", rig.mesh.api_url(0));
-    in_browser(&rig, "smoke.mjs", &[&url]).await?;
+    let interrupted = one_call("shell", json!({ "command": "echo begun > begun; sleep 300" }));
+    let begun = daemon.root.join("begun");
+    let death = async {
+        eventually("the call during which the daemon dies", BROWSER_PATIENCE, || async {
+            Ok(begun.exists().then_some(()))
+        })
+        .await?;
+        daemon.process.kill();
+        Ok(daemon.process.restart(PATIENCE).await?)
+    };
+    let arguments = [url.as_str(), interrupted.as_str()];
+    tokio::try_join!(in_browser(&rig, "smoke.mjs", &arguments), death)?;
 
     // Each message's trace begins at the click.
     let chats = ada.client.list_chats(pb::ListChatsRequest::default()).await?.chats;
     let turns = sink.store().list(&chats.first().context("the page made a chat")?.id, true, 10);
-    ensure!(turns.len() == 3, "three messages were sent: {turns:?}");
+    ensure!(turns.len() == 4, "four messages were sent: {turns:?}");
     for turn in turns {
         let spans = well_formed(sink, "from the browser", &turn.trace_id).await?;
         let web = |name, kind| (name, kind, "web");
