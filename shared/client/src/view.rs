@@ -53,6 +53,12 @@ impl Verification {
         self.violations() == 0
     }
 
+    /// The promise was kept, and each live text had come to its end before its commit: what is to be expected where
+    /// nothing fails.
+    pub fn is_complete(&self) -> bool {
+        self.is_clean() && self.short_texts == 0
+    }
+
     pub fn add(&mut self, other: &Verification) {
         self.holes += other.holes;
         self.duplicates += other.duplicates;

@@ -1,8 +1,13 @@
 //! Several of each role: whoever takes a step, viewers see everything once and in order, and nothing that waits is lost.
 
-use std::collections::HashMap;
+use std::{
+    collections::HashMap,
+    sync::atomic::{AtomicUsize, Ordering},
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result};
+use futures::{StreamExt as _, TryStreamExt as _};
 use reliant_client::{ChatSession, Client, ClientConfig, ClientUpdate, From};
 use reliant_harness::{DaemonOptions, Person, Rig, RigOptions, eventually, tools_dir, within};
 use reliant_types::{ChatId, TurnId, pb};
@@ -47,7 +52,7 @@ async fn a_viewer_at_one_replica_sees_what_is_sent_at_the_other() -> Result<()> 
     let mut viewers = futures::future::try_join_all(watched).await?;
     for viewer in &viewers {
         let seen = viewer.verification();
-        assert!(seen.is_clean() && seen.bytes > 0, "{seen:?}");
+        assert!(seen.is_complete() && seen.bytes > 0, "{seen:?}");
     }
     let senders = viewers.split_off(viewers.len() / 2);
     // Both see the same.
@@ -119,7 +124,7 @@ async fn a_viewer_goes_on_at_the_other_replica_where_it_was() -> Result<()> {
     };
     assert_eq!(ended.status(), pb::TurnStatus::Succeeded, "{ended:?}");
     let verification = viewer.verification();
-    assert!(verification.is_clean() && verification.reconnects == 1, "{verification:?}");
+    assert!(verification.is_complete() && verification.reconnects == 1, "{verification:?}");
     assert_eq!(writer.wait_turn(turn, PATIENCE).await?, ended);
     let last = viewer.view().last_seq;
     assert!(last > before, "what came after the cursor came at the other replica");
@@ -129,6 +134,44 @@ async fn a_viewer_goes_on_at_the_other_replica_where_it_was() -> Result<()> {
     assert_eq!(seen, expected, "every event once");
     assert!(Some(first) <= before, "events on both sides of the move");
     Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tools_output_is_whole_for_who_watches_it_and_for_who_comes_in_the_middle() -> Result<()> {
+    let rig = Rig::start(RigOptions { apis: 2, ..Default::default() }).await?;
+    let ada = rig.person("ada").await?;
+    let _daemon = rig.daemon(&ada, "laptop", DaemonOptions::default()).await?;
+    let chat: ChatId = session(&ada, MODEL, pb::ChatMode::Auto).await?.chat();
+    let (first, second) = (at(&rig, &ada, 0).await?, at(&rig, &ada, 1).await?);
+    let mut watching = first.open_from(chat, From::Start).await?;
+    let command = "for i in $(seq 60); do echo line $i; sleep 0.05; done";
+    let expected: String = (1..=60).map(|n| format!("line {n}\n")).collect();
+    let sent = watching.send(&one_call("shell", json!({ "command": command }))).await?;
+    let turn: TurnId = sent.turn.context("no turn")?.id.parse()?;
+    let begun = async {
+        while output(&watching).is_none_or(|bytes| bytes.len() < expected.len() / 3) {
+            watching.next().await?;
+        }
+        anyhow::Ok(())
+    };
+    within("a third of the output", PATIENCE, begun).await??;
+    // The other replica had nobody who followed this chat: it has to ask for what was printed before.
+    let mut late = second.open_from(chat, From::Snapshot).await?;
+    let calls = late.view().tool_calls_of(&turn.to_string());
+    assert!(calls.iter().any(|call| call.status() == pb::ToolCallStatus::Running), "it came too late: {calls:?}");
+    for (who, viewer) in [("who watched", &mut watching), ("who came in the middle", &mut late)] {
+        assert_eq!(viewer.wait_turn(turn, PATIENCE).await?.status(), pb::TurnStatus::Succeeded, "{who}");
+        let seen = String::from_utf8_lossy(output(viewer).unwrap_or_default()).into_owned();
+        assert_eq!(seen, expected, "{who}: {:?}", viewer.verification());
+        assert!(viewer.verification().is_complete(), "{who}: {:?}", viewer.verification());
+    }
+    Ok(())
+}
+
+/// What is known of the one call's stdout.
+fn output(session: &ChatSession) -> Option<&[u8]> {
+    let call = session.view().tool_calls.keys().next()?;
+    session.view().live_block(call, 0).map(|live| live.bytes.as_slice())
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -185,7 +228,7 @@ async fn a_chat_that_never_idles_goes_on_in_new_runs_and_loses_nothing() -> Resu
         let ended = chat.wait_turn(*turn, PATIENCE).await?;
         assert_eq!(ended.status(), pb::TurnStatus::Succeeded, "{ended:?}");
     }
-    assert!(chat.verification().is_clean(), "{:?}", chat.verification());
+    assert!(chat.verification().is_complete(), "{:?}", chat.verification());
     let runs = eventually("the list of runs", PATIENCE, || async {
         let runs = runs_of(&rig, chat.chat()).await?;
         Ok(runs.iter().any(|status| status.contains("CONTINUED_AS_NEW")).then_some(runs))
@@ -209,4 +252,46 @@ async fn runs_of(rig: &Rig, chat: ChatId) -> Result<Vec<String>> {
     let runs: serde_json::Value = serde_json::from_slice(&output.stdout)?;
     let runs = runs.as_array().context("a list of runs")?;
     Ok(runs.iter().map(|run| run["status"].to_string()).collect())
+}
+
+const CHATS: usize = 150;
+const ASKERS: usize = 8;
+
+/// Whoever is not answered asks again, and what was committed before an api died is not made twice.
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_for_chats_outlive_the_api_and_the_database_and_make_one_each() -> Result<()> {
+    let mut rig = Rig::start(RigOptions::default()).await?;
+    let ada = rig.person("ada").await?;
+    let made = AtomicUsize::new(0);
+    let ask = futures::stream::iter(0..CHATS).map(|_| async {
+        ada.chat(MODEL, pb::ChatMode::Ask).await?;
+        made.fetch_add(1, Ordering::Relaxed);
+        anyhow::Ok(())
+    });
+    let ask = ask.buffer_unordered(ASKERS).try_collect::<Vec<()>>();
+    let harm = async {
+        let reached = async |count: usize| {
+            eventually(&format!("{count} chats"), PATIENCE, || async {
+                Ok((made.load(Ordering::Relaxed) >= count).then_some(()))
+            })
+            .await
+        };
+        for part in [1, 2] {
+            reached(part * CHATS / 4).await?;
+            rig.mesh.apis[0].kill();
+            rig.mesh.apis[0].restart(PATIENCE).await?;
+        }
+        reached(3 * CHATS / 4).await?;
+        rig.close_database(true).await?;
+        let refused = async { ada.client.list_chats(pb::ListChatsRequest::default()).await };
+        let hasty = tokio::time::timeout(Duration::from_secs(1), refused).await;
+        rig.close_database(false).await?;
+        anyhow::ensure!(hasty.is_err(), "the database was not away: {hasty:?}");
+        Ok(())
+    };
+    let (asked, harmed) = tokio::join!(ask, harm);
+    (asked?, harmed?);
+    let page = pb::ListChatsRequest { page_size: 200, ..Default::default() };
+    assert_eq!(ada.client.list_chats(page).await?.chats.len(), CHATS);
+    Ok(())
 }

@@ -22,7 +22,7 @@ async fn a_plain_turn_streams_and_ends_on_both_wire_formats() -> Result<()> {
         let mut session = session(&ada, model, pb::ChatMode::Ask).await?;
         let report = session.send_and_wait("hello", PATIENCE).await?;
         assert!(report.succeeded(), "{model}: {:?}", report.turn);
-        assert!(report.verification.is_clean(), "{model}: {:?}", report.verification);
+        assert!(report.verification.is_complete(), "{model}: {:?}", report.verification);
         assert!(report.deltas > 1, "{model}: the text came in one piece");
         assert!(!report.answer().is_empty(), "{model}");
         let usage = report.turn.usage.unwrap_or_default();
@@ -66,7 +66,7 @@ async fn parallel_calls_and_several_rounds_stay_in_order() -> Result<()> {
     let mut session = session(&ada, MODEL, pb::ChatMode::Auto).await?;
     let report = session.send_and_wait(&script(rounds), PATIENCE).await?;
     assert!(report.succeeded(), "{:?}", report.turn);
-    assert!(report.verification.is_clean(), "{:?}", report.verification);
+    assert!(report.verification.is_complete(), "{:?}", report.verification);
     assert_eq!(report.tool_calls.len(), 4);
     assert_eq!(report.answer(), "finished");
     let first = report.messages.iter().find(|m| m.role() == pb::Role::Tool).unwrap();
@@ -104,7 +104,7 @@ async fn a_message_sent_while_a_turn_runs_queues_and_the_same_id_twice_is_one() 
         .await?
         .messages;
     assert_eq!(messages.len(), 4, "two questions, two answers");
-    assert!(session.verification().is_clean());
+    assert!(session.verification().is_complete(), "{:?}", session.verification());
     Ok(())
 }
 
@@ -249,7 +249,7 @@ async fn a_viewer_who_comes_late_or_again_sees_everything_once() -> Result<()> {
     let mut by_snapshot = other.open_from(chat, From::Snapshot).await?;
     for viewer in [&mut writer, &mut from_start, &mut by_snapshot] {
         assert_eq!(viewer.wait_turn(turn, PATIENCE).await?.status(), pb::TurnStatus::Succeeded);
-        assert!(viewer.verification().is_clean(), "{:?}", viewer.verification());
+        assert!(viewer.verification().is_complete(), "{:?}", viewer.verification());
         assert!(viewer.verification().bytes > 0);
     }
     Ok(())
