@@ -290,7 +290,8 @@ async fn requests_for_chats_outlive_the_api_and_the_database_and_make_one_each()
         Ok(())
     };
     let (asked, harmed) = tokio::join!(ask, harm);
-    (asked?, harmed?);
+    asked?;
+    harmed?;
     let page = pb::ListChatsRequest { page_size: 200, ..Default::default() };
     assert_eq!(ada.client.list_chats(page).await?.chats.len(), CHATS);
     Ok(())
