@@ -109,6 +109,8 @@ impl Client {
             before = TraceContext::of(called.span());
             let code = match &outcome {
                 Ok(_) => tonic::Code::Ok,
+                // Nobody cancelled it, whatever the transport calls it.
+                Err(Attempt::Remote(status)) if was_left_behind(status) => tonic::Code::Unavailable,
                 Err(Attempt::Remote(status)) => status.code(),
                 Err(Attempt::Local(_)) => tonic::Code::Unauthenticated,
             };
@@ -168,9 +170,18 @@ fn judge(status: &Status, kind: Kind) -> Retry {
 
 /// Nothing listened: the call never left.
 fn was_refused(status: &Status) -> bool {
+    came_of(status, |error: &io::Error| error.kind() == io::ErrorKind::ConnectionRefused)
+}
+
+/// The connection closed, as that to a draining server does, under a call that had no answer yet.
+fn was_left_behind(status: &Status) -> bool {
+    came_of(status, hyper::Error::is_canceled)
+}
+
+fn came_of<E: std::error::Error + 'static>(status: &Status, is: impl Fn(&E) -> bool) -> bool {
     let mut source = status.source();
     while let Some(error) = source {
-        if error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::ConnectionRefused) {
+        if error.downcast_ref::<E>().is_some_and(&is) {
             return true;
         }
         source = error.source();

@@ -155,6 +155,11 @@ impl RoleProcess {
         self.process.is_alive()
     }
 
+    /// How it ended, where it has: an error is any other end than with the code 0.
+    pub fn end(&mut self) -> Option<Result<(), StackError>> {
+        self.process.end()
+    }
+
     /// kill -9.
     pub fn kill(&mut self) {
         self.process.kill_now();

@@ -115,6 +115,12 @@ impl Process {
         if self.succeeded { Ok(()) } else { Err(self.died()) }
     }
 
+    /// How it ended, where it has.
+    pub fn end(&mut self) -> Option<Result<(), StackError>> {
+        let ended = !self.is_alive();
+        ended.then(|| if self.succeeded { Ok(()) } else { Err(self.died()) })
+    }
+
     fn died(&self) -> StackError {
         StackError::Died { name: self.name, status: self.status.clone(), tail: tail(&self.log), log: self.log.clone() }
     }

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use anyhow::Result;
 use reliant_harness::{Arena, Host, Visitor};
-use reliant_types::pb;
+use reliant_types::{Failure, pb};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -51,8 +51,27 @@ impl Neighbour {
                 tokio::time::sleep(chance.between(100, 1500)).await;
             }
         });
-        futures::future::join_all(lives).await;
+        let reads = self.read_on(Chance::new(seed, 600_000), ledger, stop);
+        tokio::join!(futures::future::join_all(lives), reads);
     }
+
+    /// Looks into its chats until told to stop, as open pages do.
+    async fn read_on(&self, mut chance: Chance, ledger: &Ledger, stop: &CancellationToken) {
+        while !self.seats.is_empty() && !stop.is_cancelled() {
+            let seat = chance.pick(&self.seats);
+            if let Err(failure) = read(seat).await {
+                ledger.failed_calls.lock().push(format!("GetChat or ListMessages: {failure}"));
+            }
+            tokio::time::sleep(chance.between(100, 400)).await;
+        }
+    }
+}
+
+async fn read(seat: &Seat) -> Result<(), Failure> {
+    let chat_id = seat.chat.to_string();
+    seat.client.get_chat(pb::GetChatRequest { chat_id: chat_id.clone() }).await?;
+    seat.client.list_messages(pb::ListMessagesRequest { chat_id, ..Default::default() }).await?;
+    Ok(())
 }
 
 async fn one_turn(arena: &Arena, seat: &Seat, key: &str, asks: bool, chance: &mut Chance, tally: &Tally) -> Result<()> {

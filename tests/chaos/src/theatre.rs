@@ -49,9 +49,14 @@ pub struct Theatre {
 
 impl Theatre {
     pub async fn open(cast: &Cast, seed: u64) -> Result<Self> {
+        Self::open_with(cast, seed, "").await
+    }
+
+    /// With more TOML for all roles.
+    pub async fn open_with(cast: &Cast, seed: u64, config: &str) -> Result<Self> {
         let begun = Instant::now();
         let Cast { apis, workers, gateways, .. } = *cast;
-        let options = ArenaOptions { apis, workers, gateways, config: CONFIG.to_owned() };
+        let options = ArenaOptions { apis, workers, gateways, config: format!("{CONFIG}\n{config}") };
         let arena = Arena::start(options).await.context("the mesh did not start")?;
         say(&format!("logs are in {}", arena.logs().display()));
         let (ledger, tally) = (Arc::new(Ledger::default()), Arc::new(Tally::default()));

@@ -8,12 +8,12 @@ use reliant_devstack::Server;
 use tokio::{task::JoinHandle, time::Instant};
 
 use crate::{
-    Arena, Claim, Network, Node,
+    Arena, Claim, Network, Node, Supervised, eventually,
     link::{Layer, Link, Peer},
 };
 
-/// A role that was asked to end, and drains, is killed past this.
-const DRAIN_PATIENCE: Duration = Duration::from_secs(40);
+/// Longer than any role may drain by its own limits; the longest is a worker's, of 77 seconds.
+const DRAIN_PATIENCE: Duration = Duration::from_secs(90);
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Fault {
@@ -87,7 +87,8 @@ impl Arena {
 }
 
 impl Strike {
-    /// Waits as long as the fault lasts and undoes it.
+    /// Waits as long as the fault lasts and undoes it. A role that was asked to end and did not, or ended with an error,
+    /// is an error.
     pub async fn heal(mut self) -> Result<()> {
         match (&self.fault, &self.node) {
             (Fault::Kill { back_after } | Fault::LoseJournal { back_after }, Node::Role(role)) => {
@@ -99,12 +100,11 @@ impl Strike {
                 restart_server(&self.arena, *server).await?;
             }
             (Fault::Terminate { back_after }, Node::Role(role)) => {
-                let deadline = Instant::now() + DRAIN_PATIENCE;
-                while role.process.lock().await.is_alive() && Instant::now() < deadline {
-                    tokio::time::sleep(Duration::from_millis(20)).await;
-                }
+                let drained = drained(role).await;
                 tokio::time::sleep(*back_after).await;
+                // Others need it, however it ended.
                 self.arena.restart(role).await?;
+                drained?;
             }
             (Fault::Terminate { back_after }, Node::Server(server)) => {
                 if let Some(ending) = self.ending.take() {
@@ -134,6 +134,13 @@ impl Strike {
         }
         Ok(())
     }
+}
+
+/// The end of a role that was asked for it; it is the restart that kills one which stays.
+async fn drained(role: &Supervised) -> Result<()> {
+    let what = format!("the end of {}", role.name);
+    let end = eventually(&what, DRAIN_PATIENCE, || async { Ok(role.process.lock().await.end()) });
+    end.await?.with_context(|| format!("{} was asked to end", role.name))
 }
 
 async fn restart_server(arena: &Arena, server: Server) -> Result<()> {

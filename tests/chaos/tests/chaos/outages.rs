@@ -1,9 +1,9 @@
-//! Whole roles and servers that go and come back while people work.
+//! Whole servers that go and come back while people work.
 
 use std::time::Duration;
 
 use anyhow::Result;
-use reliant_chaos::{AT_ONCE, Cast, Report, Theatre, scripts};
+use reliant_chaos::{Cast, Report, Theatre, scripts};
 use reliant_devstack::Server;
 use reliant_harness::{Fault, Node};
 use tokio::time::Instant;
@@ -13,27 +13,6 @@ pub const CAST: Cast = Cast { apis: 2, workers: 2, gateways: 2, stages: 0, neigh
 fn assert_clean(report: &Report) {
     let verdict = report.verdict();
     assert!(verdict.is_empty(), "{}\n{}", report.table(), verdict.join("\n"));
-}
-
-/// One after another, under load: no failed turn, no call that the client library could not repair, no unknown outcome.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_rolling_restart_of_every_role_fails_nothing() -> Result<()> {
-    let theatre = Theatre::open(&CAST, 31).await?;
-    let daemons = theatre.neighbours.iter().map(|neighbour| neighbour.host.role.clone());
-    let all: Vec<_> = theatre.arena.roles.iter().cloned().chain(daemons).collect();
-    let rolled = theatre
-        .while_crowded(async {
-            for role in all {
-                theatre.fault(Node::Role(role), Fault::Terminate { back_after: AT_ONCE }).await?;
-            }
-            anyhow::Ok(())
-        })
-        .await;
-    rolled?;
-    let report = theatre.close().await?;
-    assert_clean(&report);
-    assert_eq!(report.findings.unknown, 0, "a drain left calls behind: {:?}", report.findings);
-    Ok(())
 }
 
 /// What is accepted while Temporal is away runs when it is back.
