@@ -36,10 +36,14 @@ pub struct TurnLook {
     pub error_code: String,
     pub error_message: String,
     pub approvals_pending: Vec<Uuid>,
+    /// What its clock has left, as it was when the clock stopped.
+    pub deadline_left_ms: i64,
+    /// Its clock runs.
+    pub clock_runs: bool,
     pub calls: Vec<CallLook>,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct CallLook {
     pub id: Uuid,
     pub turn: Uuid,
@@ -137,6 +141,7 @@ impl Observer {
         let row = sqlx::query(
             "SELECT t.status, t.iteration, t.fence, t.live_message_id IS NOT NULL AS live, i.address AS producer,
                     c.wanted > c.seen AS unseen, t.ended_at IS NOT NULL AS ended, t.error_code, t.error_message,
+                    t.deadline_left_ms, t.deadline_at IS NOT NULL AS clock_runs,
                     EXISTS (SELECT 1 FROM turns o WHERE o.chat_id = t.chat_id AND o.ordinal < t.ordinal
                             AND o.ended_at IS NULL) AS older_open,
                     ARRAY(SELECT a.id FROM approvals a WHERE a.turn_id = t.id AND a.status = 'pending') AS approvals
@@ -159,6 +164,8 @@ impl Observer {
             error_code: row.try_get("error_code")?,
             error_message: row.try_get("error_message")?,
             approvals_pending: row.try_get("approvals")?,
+            deadline_left_ms: row.try_get("deadline_left_ms")?,
+            clock_runs: row.try_get("clock_runs")?,
             calls: calls.iter().map(call).collect::<Result<_>>()?,
         })
     }
@@ -188,6 +195,20 @@ impl Observer {
             "UPDATE turns SET created_at = created_at - $1, started_at = started_at - $1, deadline_at = deadline_at - $1
              WHERE ended_at IS NULL",
             "UPDATE chats SET wanted_at = wanted_at - $1, relayed_at = relayed_at - $1, looked_at = looked_at - $1",
+        ] {
+            sqlx::query(statement).bind(by).execute(&self.pool).await?;
+        }
+        Ok(())
+    }
+
+    /// [`Observer::age`], and with it all else that waits or works: people's approvals, places, retries and processes.
+    pub async fn age_all(&self, by: Duration) -> Result<()> {
+        self.age(by).await?;
+        for statement in [
+            "UPDATE approvals SET created_at = created_at - $1 WHERE status = 'pending'",
+            "UPDATE turns SET placed_at = placed_at - $1, held_at = held_at - $1, retry_at = retry_at - $1
+             WHERE ended_at IS NULL",
+            "UPDATE instances SET started_at = started_at - $1, seen_at = seen_at - $1",
         ] {
             sqlx::query(statement).bind(by).execute(&self.pool).await?;
         }

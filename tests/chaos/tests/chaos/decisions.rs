@@ -11,6 +11,9 @@ use serde_json::json;
 use tokio::time::Instant;
 
 const PATIENCE: Duration = Duration::from_secs(90);
+const BETWEEN_RESTARTS: Duration = Duration::from_secs(3 * 24 * 3600);
+/// Longer than the relay takes until it looks at what has been left alone: half a minute.
+const LOOKED_AT: Duration = Duration::from_secs(35);
 /// One chat that runs what it is told, and one that asks.
 const CAST: Cast = Cast { apis: 2, workers: 2, gateways: 2, stages: 1, neighbours: 0, chats: 0 };
 
@@ -20,6 +23,17 @@ async fn until(theatre: &Theatre, turn: TurnId, what: &str, is: impl Fn(&TurnLoo
         Ok(theatre.arena.observer.turn(turn).await.ok().filter(|look| is(look)))
     })
     .await
+}
+
+/// Nothing is done to it for as long as a worker takes to look at what has gone stale.
+async fn stays(theatre: &Theatre, turn: TurnId, is: impl Fn(&TurnLook) -> bool) -> Result<()> {
+    let deadline = Instant::now() + LOOKED_AT;
+    while Instant::now() < deadline {
+        let look = theatre.arena.observer.turn(turn).await?;
+        anyhow::ensure!(is(&look), "it stays no longer: {look:?}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    Ok(())
 }
 
 fn kill() -> Fault {
@@ -33,7 +47,7 @@ async fn decide(seat: &Seat, approval: &str, approve: bool) -> Result<pb::Approv
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_approval_waits_across_a_restart_of_everything() -> Result<()> {
+async fn an_approval_waits_for_days_and_across_a_restart_of_everything() -> Result<()> {
     let theatre = Theatre::open(&CAST, 41).await?;
     let stage = &theatre.stages[0];
     let key = theatre.ledger.key("waits");
@@ -41,14 +55,16 @@ async fn an_approval_waits_across_a_restart_of_everything() -> Result<()> {
     let turn = stage.ask.send(&key, &scripts::message(&key, rounds)).await?;
     let waits = |look: &TurnLook| look.status == "waiting_approval" && !look.approvals_pending.is_empty();
     let look = until(&theatre, turn.turn, "a waiting approval", waits).await?;
-    for server in Server::ALL {
-        theatre.fault(Node::Server(server), kill()).await?;
+    let left = look.deadline_left_ms;
+    let still = |look: &TurnLook| waits(look) && !look.clock_runs && look.deadline_left_ms == left;
+    let roles = theatre.arena.roles.iter().cloned().chain([stage.host.role.clone()]).map(Node::Role);
+    for node in Server::ALL.into_iter().map(Node::Server).chain(roles) {
+        theatre.fault(node, kill()).await?;
+        theatre.arena.observer.age_all(BETWEEN_RESTARTS).await?;
+        until(&theatre, turn.turn, "the approval that still waits", still).await?;
     }
-    let roles = theatre.arena.roles.iter().cloned().chain([stage.host.role.clone()]);
-    for role in roles {
-        theatre.fault(Node::Role(role), kill()).await?;
-    }
-    until(&theatre, turn.turn, "the approval that still waits", waits).await?;
+    // The workers have looked at it since.
+    stays(&theatre, turn.turn, still).await?;
     stage.ask.approve(&look.approvals_pending[0].to_string()).await?;
     let ended = stage.ask.ended(turn.turn, Instant::now() + PATIENCE).await;
     assert_eq!(ended, Some(pb::TurnStatus::Succeeded));
