@@ -8,9 +8,12 @@ use std::{
 
 use anyhow::Result;
 use reliant_client::{ChatSession, From};
-use reliant_daemon::journal::Journal;
+use reliant_daemon::journal::{
+    Journal,
+    state::{Entry, Phase, Tombstone},
+};
 use reliant_harness::{Arena, CallLook, Host, StoredMessage};
-use reliant_types::pb;
+use reliant_types::{ToolCallId, pb};
 use tokio::time::Instant;
 use uuid::Uuid;
 
@@ -275,27 +278,129 @@ fn unexplained(subject: &Subject<'_>, call: &CallLook) -> Option<String> {
     }
 }
 
-/// What the daemons wrote down: nothing runs, and nothing waits for its acknowledgement.
+/// What the daemons wrote down: nothing runs, nothing waits for its acknowledgement, and it agrees with the rows.
 async fn journals(subject: &Subject<'_>, found: &mut Findings) -> Result<()> {
+    let rows = subject.arena.observer.all_calls().await?;
     for host in subject.hosts {
         let dir = host.state_dir.clone();
         let read = tokio::task::spawn_blocking(move || {
             let journal = Journal::open(&dir, JOURNAL_MAX_BYTES)?;
-            let (running, finished) = (journal.running(), journal.finished());
+            let contents = (journal.calls(), journal.tombstones());
             journal.close();
-            Ok::<_, reliant_daemon::journal::JournalError>((running, finished))
+            Ok::<_, reliant_daemon::journal::JournalError>(contents)
         });
         match read.await? {
-            Ok((running, finished)) => {
-                for (id, _) in running {
-                    found.broken.push(format!("the journal of {} says that {id} still runs", host.name));
-                }
-                for (id, _) in finished {
-                    found.broken.push(format!("the journal of {} has a result of {id} that nobody took", host.name));
-                }
+            Ok((calls, tombstones)) => {
+                let notes = notes_of(calls, tombstones);
+                let whole = subject.tally.losses_of(&host.role.name).is_empty();
+                let own = rows.iter().filter(|row| row.daemon.is_some_and(|daemon| daemon.to_string() == host.id));
+                let wrong = contradictions(&notes, &own.collect::<Vec<_>>(), whole);
+                found.broken.extend(wrong.into_iter().map(|text| format!("the journal of {} {text}", host.name)));
             }
             Err(error) => found.broken.push(format!("the journal of {} cannot be read: {error}", host.name)),
         }
     }
     Ok(())
+}
+
+/// What a journal says of a call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Said {
+    Running,
+    /// Ended, and nobody has taken the result.
+    Offered,
+    /// Ended; its result was taken or thrown away.
+    Ended,
+    /// It did not run here and must not start any more.
+    Barred,
+}
+
+type Notes = BTreeMap<Uuid, Vec<(Said, i64)>>;
+
+fn notes_of(calls: Vec<(ToolCallId, Entry)>, tombstones: Vec<(ToolCallId, Tombstone)>) -> Notes {
+    let mut notes = Notes::new();
+    for (id, entry) in calls {
+        let said = match entry.phase {
+            Phase::Running => Said::Running,
+            Phase::Finished { .. } => Said::Offered,
+            Phase::Parked { .. } => Said::Ended,
+        };
+        notes.entry(id.0).or_default().push((said, entry.header.generation));
+    }
+    for (id, tombstone) in tombstones {
+        let said = if tombstone.ran { Said::Ended } else { Said::Barred };
+        notes.entry(id.0).or_default().push((said, tombstone.generation));
+    }
+    notes
+}
+
+/// Where a journal and the rows of its daemon's calls differ. A journal that was lost knows only what came later.
+fn contradictions(notes: &Notes, rows: &[&CallLook], whole: bool) -> Vec<String> {
+    let mut all = Vec::new();
+    let generations: HashMap<Uuid, i64> = rows.iter().map(|row| (row.id, row.generation)).collect();
+    for (id, said) in notes {
+        for (said, generation) in said {
+            match said {
+                Said::Running => all.push(format!("says that {id} still runs")),
+                Said::Offered => all.push(format!("has a result of {id} that nobody took")),
+                Said::Ended | Said::Barred => {}
+            }
+            match generations.get(id) {
+                None => all.push(format!("knows {id}, which is not stored as its daemon's")),
+                Some(stored) if generation > stored => {
+                    all.push(format!("has {id} at generation {generation}, and the row at {stored}"));
+                }
+                Some(_) => {}
+            }
+        }
+    }
+    // Only what ran here ends so.
+    let ran = rows.iter().filter(|row| matches!(row.status.as_str(), "succeeded" | "outcome_unknown"));
+    for row in ran.filter(|_| whole) {
+        let ended = notes.get(&row.id).is_some_and(|said| said.iter().any(|(said, _)| *said == Said::Ended));
+        if !ended {
+            all.push(format!("does not say that {} ended, and the row is {}", row.id, row.status));
+        }
+    }
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(id: u128, status: &str, generation: i64) -> CallLook {
+        CallLook { id: Uuid::from_u128(id), status: status.into(), generation, ..CallLook::default() }
+    }
+
+    /// One call of the daemon's, and what its journal says of it.
+    fn check(status: &str, generation: i64, said: &[(Said, i64)], whole: bool, expected: &[&str]) {
+        let row = row(7, status, generation);
+        let notes = Notes::from([(row.id, said.to_vec())]);
+        let found = contradictions(&notes, &[&row], whole);
+        assert_eq!(found.len(), expected.len(), "{found:?}");
+        assert!(found.iter().zip(expected).all(|(found, part)| found.contains(part)), "{found:?}");
+    }
+
+    #[test]
+    fn a_journal_agrees_with_its_rows() {
+        check("succeeded", 2, &[(Said::Ended, 2)], true, &[]);
+        check("outcome_unknown", 2, &[(Said::Ended, 1)], true, &[]);
+        check("succeeded", 2, &[(Said::Barred, 1), (Said::Ended, 2)], true, &[]);
+        check("failed", 1, &[(Said::Barred, 1)], true, &[]);
+        check("failed", 1, &[], true, &[]);
+        check("succeeded", 1, &[], false, &[]);
+    }
+
+    #[test]
+    fn what_a_journal_contradicts_is_found() {
+        check("succeeded", 1, &[], true, &["does not say"]);
+        check("succeeded", 1, &[(Said::Barred, 1)], true, &["does not say"]);
+        check("outcome_unknown", 1, &[(Said::Running, 1)], true, &["still runs", "does not say"]);
+        check("succeeded", 1, &[(Said::Offered, 1)], false, &["nobody took"]);
+        check("succeeded", 1, &[(Said::Ended, 2)], true, &["at generation 2, and the row at 1"]);
+        check("cancelled", 1, &[(Said::Barred, 2)], false, &["at generation 2, and the row at 1"]);
+        let notes = Notes::from([(Uuid::from_u128(8), vec![(Said::Ended, 1)])]);
+        assert_eq!(contradictions(&notes, &[], false).len(), 1);
+    }
 }

@@ -24,7 +24,7 @@ use tokio::sync::oneshot;
 
 pub use disk::{BackendOpener, FileOpener, Opener};
 pub use error::JournalError;
-use state::{Cancelled, Decision, Entry, Header, Phase};
+use state::{Cancelled, Decision, Entry, Header, Phase, Tombstone};
 use writer::{Job, Kind, Queue, Shared};
 
 /// The file's name in the state directory.
@@ -159,6 +159,16 @@ impl Journal {
 
     pub fn get(&self, id: ToolCallId) -> Option<Entry> {
         self.shared.queue.lock().state.get(id).cloned()
+    }
+
+    /// Every call that has an entry.
+    pub fn calls(&self) -> Vec<(ToolCallId, Entry)> {
+        self.shared.queue.lock().state.calls().map(|(id, entry)| (id, entry.clone())).collect()
+    }
+
+    /// Every call that is done with here, or must not start.
+    pub fn tombstones(&self) -> Vec<(ToolCallId, Tombstone)> {
+        self.shared.queue.lock().state.tombstones().collect()
     }
 
     /// Bytes that count against the limit.

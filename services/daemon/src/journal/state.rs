@@ -156,6 +156,14 @@ impl State {
         self.calls.get(&id)
     }
 
+    pub fn calls(&self) -> impl Iterator<Item = (ToolCallId, &Entry)> {
+        self.calls.iter().map(|(id, entry)| (*id, entry))
+    }
+
+    pub fn tombstones(&self) -> impl Iterator<Item = (ToolCallId, Tombstone)> {
+        self.tombstones.iter().map(|(id, tombstone)| (*id, *tombstone))
+    }
+
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
