@@ -175,8 +175,12 @@ impl World {
             if hole.block >= 0 && hole.block != *block {
                 continue;
             }
-            let from = if hole.block < 0 { 0 } else { hole.from as usize };
-            let rest: Vec<char> = text[from.min(text.len())..].chars().collect();
+            let mut from = if hole.block < 0 { 0 } else { (hole.from as usize).min(text.len()) };
+            // A hole of an older epoch may end within a character of this one's text; the producers begin before it.
+            while !text.is_char_boundary(from) {
+                from -= 1;
+            }
+            let rest: Vec<char> = text[from..].chars().collect();
             let mut offset = from as i64;
             for chunk in rest.chunks(cut.max(1)).take(3) {
                 let piece: String = chunk.iter().collect();

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 
 use super::{
     super::state::{Cancelled, Decision, Phase, State, Write},
-    call, header,
+    call, header, seeded,
 };
 
 const HOUR_MS: i64 = 3600 * 1000;
@@ -180,7 +180,7 @@ impl World {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 10_000, ..ProptestConfig::default() })]
+    #![proptest_config(seeded(ProptestConfig { cases: 10_000, ..ProptestConfig::default() }))]
 
     #[test]
     fn a_call_runs_at_most_once(ops in prop::collection::vec(op(), 1..40)) {
