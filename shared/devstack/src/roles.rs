@@ -101,7 +101,7 @@ impl Mesh {
             quoted(&daemon.gateway_url),
             quoted(&daemon.token),
             quoted(&daemon.state_dir.to_string_lossy()),
-            quoted(&if self.spec.usual_ports { usual(7446) } else { "127.0.0.1:0".to_owned() }),
+            quoted(&if self.spec.usual_ports { usual(7447) } else { "127.0.0.1:0".to_owned() }),
         );
         text.push_str(&daemon.extra_config);
         for (name, path) in &daemon.roots {
