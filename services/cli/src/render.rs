@@ -310,7 +310,6 @@ fn printable(text: &str) -> String {
         .collect()
 }
 
-/// Whole seconds, both stamps by the database's clock.
 fn cause_words(cause: pb::UnknownCause) -> &'static str {
     match cause {
         pb::UnknownCause::ProcessDied => "the daemon or the tool's server died while it ran",
@@ -321,6 +320,7 @@ fn cause_words(cause: pb::UnknownCause) -> &'static str {
     }
 }
 
+/// Whole seconds, both stamps by the database's clock.
 fn seconds_between(from: Option<&prost_types::Timestamp>, to: Option<&prost_types::Timestamp>) -> i64 {
     let nanos = |at: &prost_types::Timestamp| i128::from(at.seconds) * 1_000_000_000 + i128::from(at.nanos);
     let between = from.zip(to).map_or(0, |(from, to)| nanos(to) - nanos(from));
