@@ -9,6 +9,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use futures::{StreamExt as _, TryStreamExt as _};
 use reliant_client::{ChatSession, Client, ClientConfig, ClientUpdate, From};
+use reliant_devstack::Tools;
 use reliant_harness::{DaemonOptions, Person, Rig, RigOptions, eventually, tools_dir, within};
 use reliant_types::{ChatId, TurnId, pb};
 use serde_json::json;
@@ -242,7 +243,7 @@ async fn a_chat_that_never_idles_goes_on_in_new_runs_and_loses_nothing() -> Resu
 /// The states of all runs of a chat's workflow, as Temporal's own command says them.
 async fn runs_of(rig: &Rig, chat: ChatId) -> Result<Vec<String>> {
     let address = rig.temporal_address.trim_start_matches("http://");
-    let output = tokio::process::Command::new(tools_dir().join("bin/temporal"))
+    let output = tokio::process::Command::new(Tools::new(tools_dir()).temporal()?)
         .args(["workflow", "list", "--address", address, "--output", "json", "--query"])
         .arg(format!("WorkflowId = 'chat:{chat}'"))
         .kill_on_drop(true)
