@@ -160,7 +160,7 @@ impl<'a> Tree<'a> {
             at += 1;
         }
         for index in order.into_iter().rev() {
-            let below = tree.children[index].iter().filter(|child| !is_told(&spans[**child]));
+            let below = tree.children[index].iter().filter(|child| !stands_beside(&spans[**child]));
             let below = below.map(|child| tree.ends[*child]).max();
             tree.ends[index] = tree.spans[index].end_ns.max(below.unwrap_or_default());
         }
@@ -191,7 +191,9 @@ impl<'a> Tree<'a> {
             let children = &self.children[index];
             loop {
                 let running = children.iter().copied().filter(|child| {
-                    !marked.contains(child) && !is_told(&self.spans[*child]) && self.spans[*child].start_ns < until
+                    !marked.contains(child)
+                        && !stands_beside(&self.spans[*child])
+                        && self.spans[*child].start_ns < until
                 });
                 // Of those that ran until that moment, the one that had run longest.
                 let waited_for = running
@@ -206,9 +208,9 @@ impl<'a> Tree<'a> {
     }
 }
 
-/// What tells viewers.
-fn is_told(span: &Span) -> bool {
-    span.name.split(' ').next() == Some(names::BUS_PUBLISH)
+/// What tells viewers, and what only says when the rounds beside it began and ended.
+fn stands_beside(span: &Span) -> bool {
+    matches!(span.name.split(' ').next(), Some(names::BUS_PUBLISH | names::TURN_CALL_MODEL))
 }
 
 /// Whether `index` is an ancestor of `parent`: what a hostile sender calls a tree may be a ring.

@@ -191,7 +191,8 @@ async fn a_thousand_held_turns_do_not_delay_anothers_first_turn_and_are_cancelle
     assert_eq!(cancelled + succeeded, turns.len(), "what was accepted ends in no third way");
     eventually("nobody who is held", PATIENCE, || async { Ok((held().await? == 0.0).then_some(())) }).await?;
     let mut chat = session(&ada, SLOW, pb::ChatMode::Ask).await?;
-    assert!(chat.send_and_wait("after all of that", PATIENCE).await?.succeeded());
+    // Temporal hears of each of the thousand before it hears of this one.
+    assert!(chat.send_and_wait("after all of that", 3 * PATIENCE).await?.succeeded());
     for (role, before) in roles().zip(&resident) {
         let grown = resident_kib(role.pid()).saturating_sub(*before);
         eprintln!("{} grew by {grown} KiB", role.name());

@@ -3,7 +3,6 @@
 use std::{
     collections::HashMap,
     sync::atomic::{AtomicUsize, Ordering},
-    time::Duration,
 };
 
 use anyhow::{Context as _, Result};
@@ -260,7 +259,7 @@ const ASKERS: usize = 8;
 
 /// Whoever is not answered asks again, and what was committed before an api died is not made twice.
 #[tokio::test(flavor = "multi_thread")]
-async fn requests_for_chats_outlive_the_api_and_the_database_and_make_one_each() -> Result<()> {
+async fn requests_for_chats_outlive_the_api_and_make_one_each() -> Result<()> {
     let mut rig = Rig::start(RigOptions::default()).await?;
     let ada = rig.person("ada").await?;
     let made = AtomicUsize::new(0);
@@ -277,18 +276,12 @@ async fn requests_for_chats_outlive_the_api_and_the_database_and_make_one_each()
             })
             .await
         };
-        for part in [1, 2] {
+        for part in [1, 2, 3] {
             reached(part * CHATS / 4).await?;
             rig.mesh.apis[0].kill();
             rig.mesh.apis[0].restart(PATIENCE).await?;
         }
-        reached(3 * CHATS / 4).await?;
-        rig.close_database(true).await?;
-        let refused = async { ada.client.list_chats(pb::ListChatsRequest::default()).await };
-        let hasty = tokio::time::timeout(Duration::from_secs(1), refused).await;
-        rig.close_database(false).await?;
-        anyhow::ensure!(hasty.is_err(), "the database was not away: {hasty:?}");
-        Ok(())
+        anyhow::Ok(())
     };
     let (asked, harmed) = tokio::join!(ask, harm);
     asked?;

@@ -27,7 +27,7 @@ const CALL_MAX: Duration = Duration::from_secs(10);
 #[tokio::test(flavor = "multi_thread")]
 async fn a_thousand_daemons_come_back_after_their_gateway_died() -> Result<()> {
     // A narrow door, so that the storm stands before it even on a fast machine.
-    let options = RigOptions { gateways: 2, config: "[gateway]\nadmissions = 4\n".into(), ..RigOptions::default() };
+    let options = RigOptions { gateways: 2, config: "[gateway]\nadmissions = 1\n".into(), ..RigOptions::default() };
     let mut rig = Rig::start(options).await?;
     let (ada, crowd) = (rig.person("ada").await?, rig.person("crowd").await?);
     // It was there before, at the gateway that survives.
