@@ -19,6 +19,7 @@ mod instances;
 mod lead;
 mod messages;
 mod model;
+mod openings;
 mod pages;
 mod places;
 mod pool;

@@ -10,7 +10,7 @@ use sqlx::{
 };
 use tracing::Instrument;
 
-use crate::{Result, StoreError, TurnsConfig, error::sqlstate, places::Places};
+use crate::{Result, StoreError, TurnsConfig, error::sqlstate, openings::Openings, places::Places};
 
 static MIGRATOR: sqlx::migrate::Migrator = sqlx::migrate!("../../migrations");
 
@@ -81,6 +81,7 @@ pub(crate) type Tx = Transaction<'static, Postgres>;
 pub struct Store {
     pub(crate) pool: PgPool,
     pub(crate) places: Arc<Places>,
+    openings: Openings,
 }
 
 impl Store {
@@ -119,7 +120,7 @@ impl Store {
             })
             .connect_with(options)
             .await?;
-        Ok(Self { pool, places: Arc::new(Places::new(TurnsConfig::default())) })
+        Ok(Self { pool, places: Arc::new(Places::new(TurnsConfig::default())), openings: Openings::new() })
     }
 
     /// How model calls are shared out between users; every process that accepts or drives turns must say the same.
@@ -164,7 +165,11 @@ impl Store {
         let result = loop {
             tries += 1;
             let span = span(name);
-            let limited = tokio::time::timeout(WORK_LIMIT, work().instrument(span.clone()));
+            let work = async {
+                self.openings.spare(&self.pool).await?;
+                work().await
+            };
+            let limited = tokio::time::timeout(WORK_LIMIT, work.instrument(span.clone()));
             let result = limited.await.unwrap_or_else(|_| Err(too_long()));
             if let Some(kind) = result.as_ref().err().and_then(fault) {
                 span.record("error.type", kind);
@@ -211,13 +216,17 @@ impl Store {
         let pool = self.pool.clone();
         // A connection that died since its last use says so here, before anything happened.
         for _ in 0..=pool.options().get_max_connections() {
-            let opening = pool.clone();
-            let opening = async move { tokio::time::timeout(WORK_LIMIT, opening.begin_with(statement)).await };
-            match tokio::spawn(opening.in_current_span()).await {
-                Ok(Ok(Err(error))) if had_died(&error) => {
+            let (pool, openings) = (pool.clone(), self.openings.clone());
+            let begin = async move {
+                openings.spare(&pool).await?;
+                Ok::<_, StoreError>(pool.begin_with(statement).await)
+            };
+            let begin = async move { tokio::time::timeout(WORK_LIMIT, begin).await };
+            match tokio::spawn(begin.in_current_span()).await {
+                Ok(Ok(Ok(Err(error)))) if had_died(&error) => {
                     tracing::debug!(error = %chain(&error), "a pooled connection had died")
                 }
-                Ok(Ok(begun)) => return Ok(begun?),
+                Ok(Ok(begun)) => return Ok(begun??),
                 Ok(Err(_)) => return Err(too_long()),
                 Err(_) => return Err(StoreError::Unavailable(sqlx::Error::WorkerCrashed)),
             }

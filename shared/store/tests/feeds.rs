@@ -3,7 +3,7 @@
 
 mod support;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use reliant_store::*;
 use reliant_types::*;
@@ -151,6 +151,39 @@ async fn a_server_that_restarted_is_used_again() {
         code(Store::connect(&StoreConfig { url: "nonsense".into(), ..Default::default() }).await.unwrap_err()),
         Code::Internal
     );
+}
+
+/// Always ready, and slow enough that a round of [`BUSY`] of them takes ten milliseconds.
+async fn busy() {
+    loop {
+        let until = Instant::now() + Duration::from_micros(50);
+        while Instant::now() < until {
+            std::hint::spin_loop();
+        }
+        tokio::task::yield_now().await;
+    }
+}
+
+const BUSY: usize = 200;
+
+#[tokio::test]
+async fn a_busy_process_opens_new_connections_in_time() {
+    const OPEN: &str =
+        "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'reliant' AND datname = current_database()";
+    let world = World::new().await;
+    let before = world.db.number(OPEN).await;
+    // Opened by a task among these, a connection would take eight hundred rounds, longer than anybody waits for it.
+    let busy: Vec<_> = (0..BUSY).map(|_| tokio::spawn(busy())).collect();
+    let store = world.store();
+    let pings = futures::future::join_all((0..16).map(|_| store.ping()));
+    let names = ["a", "b", "c", "d"];
+    let daemons = futures::future::join_all(names.map(|name| store.register_daemon(world.user, name, false)));
+    let (pings, daemons) = tokio::join!(pings, daemons);
+    busy.iter().for_each(tokio::task::JoinHandle::abort);
+    pings.into_iter().for_each(|ping| ping.unwrap());
+    daemons.into_iter().for_each(|daemon| drop(daemon.unwrap()));
+    let after = world.db.number(OPEN).await;
+    assert!(after > before, "{before} connections were enough: nothing was opened");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
