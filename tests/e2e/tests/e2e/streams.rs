@@ -2,7 +2,6 @@
 
 use std::{
     collections::BTreeMap,
-    ops::AddAssign as _,
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
     time::{Duration, Instant},
 };
@@ -103,7 +102,7 @@ async fn ten_thousand_streams_of_one_client_are_refused_and_nobody_else_notices(
                 assert!(failure.retry_after.is_some(), "no word of when to come back: {failure:?}");
                 assert!(failure.message.split(' ').count() >= 4, "no sentence: {failure:?}");
                 if failure.code == Code::Unavailable {
-                    unserved.entry(failure.message.clone()).or_insert(0).add_assign(1);
+                    *unserved.entry(failure.message.clone()).or_default() += 1;
                 }
                 *refused.entry(failure.code.to_string()).or_default() += 1;
             }
