@@ -8,7 +8,6 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use cargo_metadata::MetadataCommand;
 
 use crate::{cargo, imports, log_fields};
 
@@ -84,21 +83,24 @@ pub fn run(root: &Path) -> Result<()> {
 }
 
 fn members(root: &Path) -> Result<BTreeMap<String, Vec<String>>> {
-    let metadata = MetadataCommand::new()
-        .cargo_path(cargo())
+    let output = Command::new(cargo())
+        .args(["metadata", "--format-version", "1", "--no-deps", "--offline"])
         .current_dir(root)
-        .no_deps()
-        .other_options(["--offline".to_owned()])
-        .exec()
-        .context("cargo metadata failed")?;
-    let packages = metadata.packages.into_iter().map(|package| {
-        let mut dependencies: Vec<String> =
-            package.dependencies.into_iter().map(|dependency| dependency.name).collect();
+        .output()
+        .context("cargo could not be started")?;
+    ensure!(output.status.success(), "cargo metadata failed: {}", String::from_utf8_lossy(&output.stderr).trim());
+    let metadata: serde_json::Value = serde_json::from_slice(&output.stdout).context("cargo metadata is no JSON")?;
+    let list = |value: &serde_json::Value| value.as_array().cloned().unwrap_or_default();
+    let name = |value: &serde_json::Value| value["name"].as_str().map(str::to_owned).context("a package has no name");
+    let mut members = BTreeMap::new();
+    for package in list(&metadata["packages"]) {
+        let mut dependencies = list(&package["dependencies"]).iter().map(name).collect::<Result<Vec<_>>>()?;
         dependencies.sort();
         dependencies.dedup();
-        (package.name.to_string(), dependencies)
-    });
-    Ok(packages.collect())
+        members.insert(name(&package)?, dependencies);
+    }
+    ensure!(!members.is_empty(), "cargo metadata names no package");
+    Ok(members)
 }
 
 /// What git keeps or would keep.

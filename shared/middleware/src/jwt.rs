@@ -2,12 +2,10 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use ed25519_dalek::{
-    SigningKey, VerifyingKey,
-    pkcs8::{DecodePrivateKey as _, EncodePrivateKey as _, spki::DecodePublicKey as _, spki::der::pem::LineEnding},
-};
 use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation, errors::ErrorKind};
 use reliant_types::{Code, Failure};
+
+use crate::ed25519;
 
 pub const ISSUER: &str = "reliant";
 pub const AUDIENCE: &str = "reliant";
@@ -76,27 +74,21 @@ impl std::fmt::Debug for Jwt {
 impl Jwt {
     /// A new private key in PEM form. To be stored with mode 0600.
     pub fn generate_pem() -> String {
-        let seed: [u8; 32] = rand::random();
-        let pem = SigningKey::from_bytes(&seed).to_pkcs8_pem(LineEnding::LF).expect("an Ed25519 key has a PEM form");
-        pem.as_str().to_owned()
+        ed25519::private_pem(&rand::random())
     }
 
     /// A private key signs and verifies; a public key only verifies.
     pub fn from_pem(pem: &str) -> Result<Self, JwtError> {
-        let (signing, verifying) = match SigningKey::from_pkcs8_pem(pem) {
-            Ok(key) => {
-                let der = key.to_pkcs8_der().map_err(|_| JwtError::BadKey)?;
-                (Some(EncodingKey::from_ed_der(der.as_bytes())), key.verifying_key())
-            }
-            Err(_) => (None, VerifyingKey::from_public_key_pem(pem).map_err(|_| JwtError::BadKey)?),
-        };
+        ed25519::install();
+        let key = ed25519::Key::from_pem(pem).ok_or(JwtError::BadKey)?;
+        let signing = key.pkcs8.as_deref().map(EncodingKey::from_ed_der);
         let mut validation = Validation::new(Algorithm::EdDSA);
         validation.set_issuer(&[ISSUER]);
         validation.set_audience(&[AUDIENCE]);
         validation.set_required_spec_claims(&["exp", "iss", "aud", "sub"]);
         validation.validate_nbf = true;
         validation.leeway = LEEWAY_SECONDS;
-        Ok(Self { signing, verifying: DecodingKey::from_ed_der(verifying.as_bytes()), validation })
+        Ok(Self { signing, verifying: DecodingKey::from_ed_der(&key.public), validation })
     }
 
     /// A token for `subject`, and when it expires.
@@ -183,10 +175,8 @@ mod tests {
 
     #[test]
     fn a_public_key_verifies_and_does_not_sign() {
-        use ed25519_dalek::pkcs8::spki::EncodePublicKey as _;
         let pem = Jwt::generate_pem();
-        let public =
-            SigningKey::from_pkcs8_pem(&pem).unwrap().verifying_key().to_public_key_pem(LineEnding::LF).unwrap();
+        let public = ed25519::public_pem(&ed25519::Key::from_pem(&pem).unwrap().public);
         let token = Jwt::from_pem(&pem).unwrap().sign("ada", HOUR).unwrap().0;
         let reader = Jwt::from_pem(&public).unwrap();
         assert_eq!(reader.verify(&token).unwrap().sub, "ada");
@@ -209,9 +199,10 @@ mod tests {
     #[test]
     fn a_token_of_another_algorithm_or_shape_is_refused() {
         let jwt = jwt();
-        // An HMAC token made with the public key's text: the classic confusion of algorithms.
-        let hmac = EncodingKey::from_secret(b"public key");
-        let token = jsonwebtoken::encode(&Header::new(Algorithm::HS256), &claims(|_| ()), &hmac).unwrap();
+        // {"alg":"HS256"}: the classic confusion of algorithms, a key's public text taken for a shared secret.
+        let (good, _) = jwt.sign("ada", HOUR).unwrap();
+        let (_, claims_and_signature) = good.split_once('.').unwrap();
+        let token = format!("eyJhbGciOiJIUzI1NiJ9.{claims_and_signature}");
         assert_eq!(jwt.verify(&token), Err(JwtError::Invalid("only EdDSA is accepted")));
         // {"alg":"none"} with the right claims.
         let unsigned = "eyJhbGciOiJub25lIn0.eyJzdWIiOiJhZGEifQ.";

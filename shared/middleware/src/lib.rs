@@ -8,6 +8,7 @@
 pub mod access_log;
 pub mod auth;
 pub mod catch_panic;
+mod ed25519;
 pub mod identity;
 pub mod jwt;
 pub mod load_shed;

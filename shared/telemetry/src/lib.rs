@@ -10,6 +10,8 @@ pub mod metrics;
 pub mod names;
 pub mod page;
 mod pipeline;
+#[cfg(target_os = "linux")]
+mod process;
 pub mod sampled;
 mod spool;
 pub mod trace;

@@ -57,7 +57,7 @@ static REGISTRY: LazyLock<Registry> = LazyLock::new(|| {
     let registry = Registry::new();
     #[cfg(target_os = "linux")]
     registry
-        .register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))
+        .register(Box::new(crate::process::ProcessCollector::for_self().expect("its names are valid")))
         .expect("the registry is empty");
     registry
 });
