@@ -12,20 +12,21 @@ export RELIANT_CACHE ?= $(HOME)/.cache/reliant/tools
 export ARGS ?=
 
 BIN := $(CARGO_TARGET_DIR)/debug
+RELEASE := $(CARGO_TARGET_DIR)/release
 WEB := services/web
 BROWSER := tests/browser
 
-.PHONY: help up demo test test-observability test-phoenix test-fresh chaos bench lint fmt web web-test proto tools test-tools doctor deny sqlx build clean need-cargo need-npm
+.PHONY: help up demo test test-observability test-phoenix test-fresh chaos bench compare lint fmt web web-test proto tools test-tools doctor deny sqlx program build clean need-cargo need-npm
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 up: ## Install what is missing, build, start everything here, print where to go (Ctrl-C stops it; ARGS="--reset" starts anew)
-	@$(MAKE) -j2 tools build
+	@$(MAKE) -j2 tools program
 	@exec $(BIN)/reliant up $(ARGS)
 
 demo: ## The whole way once without a terminal; fails if anything is off (ARGS="your own message")
-	@$(MAKE) -j2 tools build
+	@$(MAKE) -j2 tools program
 	@if [ -n "$$ARGS" ]; then exec $(BIN)/reliant demo -- "$$ARGS"; else exec $(BIN)/reliant demo; fi
 
 test: ## Everything that is checked, over real servers, processes and a browser (ARGS="a test's name" runs only those)
@@ -37,22 +38,26 @@ test-fresh: ## `make demo` and `make up` as on a machine with nothing, Postgres 
 	@python3 tests/fresh/fresh.py
 
 chaos: web tools ## Kill, cut, pause and slow everything for half an hour, in release; nothing may be lost (ARGS="--seed 7"); JSON to $CHAOS_OUT
-	@echo "building in release; from nothing this takes about 9 minutes on two cores"
-	@cargo build --workspace --release
-	@exec $(CARGO_TARGET_DIR)/release/reliant-chaos $(ARGS)
+	@[ -x $(RELEASE)/reliant-chaos ] || echo "building in release; from nothing this takes about @CHAOS@ minutes on two cores"
+	@cargo build --release -p reliant-cli -p reliant-chaos
+	@exec $(RELEASE)/reliant-chaos $(ARGS)
 
 test-observability: ## Traces, phases, logs and metrics of a real mesh, with many kills; prints each trace (part of `make test`, with few)
 	@$(MAKE) -j2 test-tools build
 	@SHOW_TRACES=1 RELIANT_TEST_KILLS=40 $(BIN)/xtask test --test e2e observability -- --nocapture --test-threads=2
 
-test-phoenix: build tools ## Our spans in a trace store that is not ours, found by its API (installs arize-phoenix on first use, 830 MB)
+test-phoenix: program tools ## Our spans in a trace store that is not ours, found by its API (installs arize-phoenix on first use, 830 MB)
 	@python3 xtask/provision/provision.py phoenix
 	@$(RELIANT_CACHE)/phoenix/bin/python tests/foreign/phoenix.py $(BIN)/reliant
 
-bench: web tools ## Measure it, in release (9 minutes to build); JSON to $BENCH_OUT (ARGS=--strict fails where a goal is missed)
-	@echo "building in release; from nothing this takes about 9 minutes on two cores"
-	@cargo build --workspace --release
-	@$(CARGO_TARGET_DIR)/release/reliant-bench $(ARGS)
+bench: web tools ## Measure it, in release; JSON to $BENCH_OUT (ARGS=--strict fails where a goal is missed)
+	@[ -x $(RELEASE)/reliant-bench ] || echo "building in release; from nothing this takes about @BENCH@ minutes on two cores"
+	@cargo build --release -p reliant-cli -p reliant-bench
+	@$(RELEASE)/reliant-bench $(ARGS)
+
+compare: tools need-cargo need-npm ## Measure two commits by turns and tell how they differ: A=HEAD~1 B=HEAD [PARTS="turns trips"] [ROUNDS=24]; JSON to $COMPARE_OUT
+	@cargo build --quiet -p xtask
+	@$(BIN)/xtask compare --a "$(A)" --b "$(B)" --parts "$(PARTS)" --rounds "$(ROUNDS)"
 
 lint: web-test proto ## Formatting, clippy, page, protobuf, import directions, paths named in docs
 	@cargo fmt --all --check || { echo "error: the code is not formatted; run \`make fmt\`"; exit 1; }
@@ -79,10 +84,11 @@ test-tools: ## Install what the tests need beside them: Chromium, MCP servers, a
 	@command -v python3 >/dev/null || { echo "error: python3 was not found; install Python 3.10 or later and run it again" >&2; exit 1; }
 	@python3 xtask/provision/provision.py servers tests
 
-doctor: build ## Say what is reachable, what is wrong, and what to do
+doctor: program ## Say what is reachable, what is wrong, and what to do
 	@$(BIN)/reliant doctor
 
-sqlx: build tools ## Write .sqlx anew from the queries and the migrations
+sqlx: tools need-cargo ## Write .sqlx anew from the queries and the migrations
+	@cargo build --quiet -p xtask
 	@$(BIN)/xtask sqlx
 
 deny: need-cargo ## Licences, sources and banned crates (installs cargo-deny on first use, some minutes)
@@ -95,8 +101,12 @@ clean: ## Remove what was built; installed tools and data stay
 
 # ---- parts
 
+# What `make up` runs, and nothing else.
+program: web need-cargo
+	@[ -x $(BIN)/reliant ] || echo "building; from nothing this takes about @UP@ minutes on two cores"
+	@cargo build -p reliant-cli
+
 build: web need-cargo
-	@[ -x $(BIN)/reliant ] || echo "building; from nothing this takes about 3 minutes on two cores"
 	@cargo build --workspace
 
 need-cargo:

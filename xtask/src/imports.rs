@@ -25,6 +25,7 @@ const PLACES: &[(&str, u8)] = &[
     // Composes the services, and is the only one to do so beside the tests.
     ("reliant-cli", 7),
     ("reliant-harness", 8),
+    ("reliant-load", 8),
     ("reliant-e2e", 9),
     ("reliant-chaos", 9),
     ("reliant-bench", 9),

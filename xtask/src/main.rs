@@ -3,6 +3,7 @@
 #![expect(clippy::print_stdout, reason = "this program talks to the person who runs it")]
 
 mod check;
+mod compare;
 mod imports;
 mod log_fields;
 mod sqlx;
@@ -33,6 +34,8 @@ enum Command {
         #[arg(long)]
         check: bool,
     },
+    /// Measure two commits by turns and tell how they differ. Exit code 1: the second is worse; 2: it cannot be told.
+    Compare(compare::Args),
     /// Run the tests of the workspace with a private Postgres for those that need one.
     Test {
         /// Passed on to the tests: a name, or flags after `--`.
@@ -44,7 +47,7 @@ enum Command {
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> ExitCode {
     match run(Cli::parse().command).await {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
@@ -52,13 +55,21 @@ async fn main() -> ExitCode {
     }
 }
 
-async fn run(command: Command) -> Result<()> {
+async fn run(command: Command) -> Result<ExitCode> {
     let root = workspace_root()?;
     match command {
-        Command::Check => check::run(&root),
-        Command::Sqlx { check } => sqlx::run(&root, check).await,
-        Command::Test { args } => test::run(&root, &args).await,
+        Command::Check => check::run(&root)?,
+        Command::Sqlx { check } => sqlx::run(&root, check).await?,
+        Command::Test { args } => test::run(&root, &args).await?,
+        Command::Compare(args) => {
+            return Ok(match compare::run(&root, args).await? {
+                compare::Conclusion::NoneWorse => ExitCode::SUCCESS,
+                compare::Conclusion::Worse => ExitCode::FAILURE,
+                compare::Conclusion::Unclear => ExitCode::from(2),
+            });
+        }
     }
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Where the command was given, not where xtask was built: a binary may outlive a moved checkout.

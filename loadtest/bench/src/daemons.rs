@@ -9,14 +9,10 @@ use reliant_rpc::tunnel_service_client::TunnelServiceClient;
 use reliant_types::{DaemonId, ToolCallId, limits, pb};
 use tokio::{sync::mpsc, task::JoinSet};
 
-use crate::{
-    Bench,
-    floors::SyncProbe,
-    report::{Report, Samples, US},
-};
+use reliant_load::{Samples, samples::US};
 
-const TRIPS: usize = 300;
-const WARM_UP: usize = 20;
+use crate::{Amount, Bench, floors::SyncProbe, report::Report};
+
 const DAEMONS: usize = 1000;
 const CONNECT_AT_ONCE: usize = 16;
 const SETTLE: Duration = Duration::from_secs(2);
@@ -44,9 +40,10 @@ async fn trips(bench: &Bench, report: &mut Report) -> Result<()> {
     let root_id = known.roots.first().map(|root| root.id.clone()).unwrap_or_default();
     let incarnation = incarnation(bench).await?;
     let nats = reliant_bus::probe::Probe::connect(&bench.rig.nats.nats_url).await?;
-    let mut file = SyncProbe::new(bench.rig.dir(), WARM_UP + TRIPS)?;
+    let Amount { trips, warm_up, .. } = bench.amount;
+    let mut file = SyncProbe::new(bench.rig.dir(), warm_up + trips)?;
     let [mut times, mut rounds, mut syncs] = [const { Vec::new() }; 3];
-    for number in 0..WARM_UP + TRIPS {
+    for number in 0..warm_up + trips {
         let (round, sync) = (nats.round_trip().await?, file.write()?);
         let call = ToolCallId::new();
         let mut results = bus.subscribe(&ResultSubject { daemon, call }).await?;
@@ -71,7 +68,7 @@ async fn trips(bench: &Bench, report: &mut Report) -> Result<()> {
             outcome: pb::AckOutcome::Committed.into(),
         };
         received.reply(&bus, &ack).await?;
-        if number >= WARM_UP {
+        if number >= warm_up {
             times.push(took);
             rounds.push(round);
             syncs.push(sync);

@@ -10,12 +10,10 @@ use std::{
 use anyhow::Result;
 use reliant_flows::FlowsConfig;
 
-use crate::{
-    Bench,
-    report::{MS, Report, Samples},
-};
+use reliant_load::{Samples, samples::MS};
 
-const FLOOR_RUNS: usize = 60;
+use crate::{Bench, report::Report};
+
 const SYNC_BYTES: usize = 200;
 
 pub async fn run(bench: &Bench, report: &mut Report) -> Result<()> {
@@ -24,7 +22,7 @@ pub async fn run(bench: &Bench, report: &mut Report) -> Result<()> {
         task_queue: bench.rig.task_queue.clone(),
         ..FlowsConfig::default()
     };
-    let floor = Samples::of(reliant_flows::floor::run_floor(&config, FLOOR_RUNS).await?, MS);
+    let floor = Samples::of(reliant_flows::floor::run_floor(&config, bench.amount.floor_runs).await?, MS);
     report.set("temporal_floor_ms_p50", floor.at(0.5));
     Ok(())
 }

@@ -6,9 +6,11 @@ use reliant_client::{ChatSession, TurnReport};
 use reliant_devstack::Server;
 use reliant_harness::Rig;
 
+use reliant_load::{Samples, samples::MS};
+
 use crate::{
     Bench,
-    report::{MS, Report, Samples},
+    report::Report,
     turns::{PATIENCE, PLAIN, session},
 };
 

@@ -1,6 +1,6 @@
 //! Figures with their goals.
 
-use std::{collections::BTreeMap, path::Path, time::Duration};
+use std::{collections::BTreeMap, path::Path};
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
@@ -16,6 +16,8 @@ const EXPORTED: [&str; 4] = [
 pub struct Report {
     values: BTreeMap<String, f64>,
     notes: Vec<String>,
+    /// Whether each figure is printed as it comes.
+    printed: bool,
 }
 
 /// What became of the goals.
@@ -34,39 +36,19 @@ impl Outcome {
     }
 }
 
-/// Sorted samples.
-pub struct Samples(Vec<f64>);
-
-impl Samples {
-    pub fn of(times: impl IntoIterator<Item = Duration>, unit: f64) -> Self {
-        Self::plain(times.into_iter().map(|time| time.as_secs_f64() * unit))
-    }
-
-    pub fn plain(values: impl IntoIterator<Item = f64>) -> Self {
-        let mut values: Vec<f64> = values.into_iter().collect();
-        values.sort_by(f64::total_cmp);
-        Self(values)
-    }
-
-    pub fn at(&self, share: f64) -> f64 {
-        if self.0.is_empty() {
-            return f64::NAN;
-        }
-        self.0[((self.0.len() - 1) as f64 * share).round() as usize]
-    }
-
-    pub fn len(&self) -> usize {
-        self.0.len()
-    }
-}
-
-pub const MS: f64 = 1e3;
-pub const US: f64 = 1e6;
-
 #[expect(clippy::print_stdout, reason = "the table is the output")]
 impl Report {
     pub fn new() -> Self {
-        Self { values: BTreeMap::new(), notes: Vec::new() }
+        Self { values: BTreeMap::new(), notes: Vec::new(), printed: true }
+    }
+
+    /// For a slice, whose figures somebody else reads.
+    pub fn silent() -> Self {
+        Self { printed: false, ..Self::new() }
+    }
+
+    pub fn values(&self) -> &BTreeMap<String, f64> {
+        &self.values
     }
 
     pub fn say(&mut self, note: &str) {
@@ -75,7 +57,9 @@ impl Report {
     }
 
     pub fn set(&mut self, key: &str, value: f64) {
-        println!("  {key:<34} {value:>10.2}");
+        if self.printed {
+            println!("  {key:<34} {value:>10.2}");
+        }
         self.values.insert(key.to_owned(), (value * 1000.0).round() / 1000.0);
     }
 

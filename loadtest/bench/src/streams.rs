@@ -6,17 +6,18 @@ use anyhow::{Result, ensure};
 use reliant_client::{ChatSession, Client, ClientConfig, ClientUpdate};
 use reliant_types::{ChatId, TurnId, pb, unix_us};
 
-use crate::{
-    Bench,
-    report::{Report, Samples},
-};
+use reliant_load::Samples;
+
+use crate::{Bench, report::Report};
 
 const VIEWERS: usize = 200;
 const VIEWERS_PER_CONNECTION: usize = 50;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 pub async fn run(bench: &Bench, report: &mut Report) -> Result<()> {
-    for (key, rate, tokens) in [("chunk_ms_p50", 50, 300), ("chunk_200_ms_p50", 200, 1000)] {
+    let seconds = bench.amount.stream_seconds;
+    for (key, rate) in [("chunk_ms_p50", 50), ("chunk_200_ms_p50", 200)] {
+        let tokens = rate * seconds;
         let chat = chat(bench, rate, tokens).await?;
         let session = bench.ada.client.open(chat).await?;
         let turn: TurnId = send(&session).await?;
@@ -25,7 +26,7 @@ pub async fn run(bench: &Bench, report: &mut Report) -> Result<()> {
         report.set(key, Samples::plain(times).at(0.5));
     }
 
-    let chat = chat(bench, 50, 300).await?;
+    let chat = chat(bench, 50, 50 * seconds).await?;
     let mut viewers = Vec::with_capacity(VIEWERS);
     for replica in 0..bench.rig.mesh.apis.len() {
         let share = VIEWERS / bench.rig.mesh.apis.len();

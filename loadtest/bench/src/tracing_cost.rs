@@ -5,12 +5,13 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use reliant_devstack::cpu_ms;
 use reliant_harness::{DaemonOptions, Rig, RigOptions, sink};
+
+use reliant_load::{Samples, cpu::process_ms};
 
 use crate::{
     Bench,
-    report::{Report, Samples},
+    report::Report,
     turns::{TOOL, at_once},
 };
 
@@ -59,12 +60,12 @@ async fn mesh(ratio: Option<&str>) -> Result<Bench> {
     let ada = rig.person("ada").await?;
     let daemon = DaemonOptions { config: "bench_tools = true\n".into(), ..Default::default() };
     let daemon = rig.daemon(&ada, "bench", daemon).await?;
-    Ok(Bench { rig, ada, daemon })
+    Ok(Bench { rig, ada, daemon, amount: crate::WHOLE })
 }
 
 /// CPU milliseconds of the roles so far.
 fn cpu(bench: &Bench) -> f64 {
     let mesh = &bench.rig.mesh;
     let roles = mesh.apis.iter().chain(&mesh.workers).chain(&mesh.gateways).chain([&bench.daemon.process]);
-    roles.map(|role| cpu_ms(role.pid())).sum()
+    roles.map(|role| process_ms(role.pid())).sum()
 }

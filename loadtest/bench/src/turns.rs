@@ -10,21 +10,17 @@ use std::{
 
 use anyhow::{Result, ensure};
 use reliant_client::{ChatSession, TurnReport};
-use reliant_devstack::{Server, cpu_ms};
+use reliant_devstack::Server;
 use reliant_harness::Rig;
 use reliant_types::{ChatId, pb};
 
-use crate::{
-    Bench,
-    report::{MS, Report, Samples},
-};
+use reliant_load::{Samples, cpu, samples::MS};
+
+use crate::{Amount, Bench, report::Report};
 
 pub const PLAIN: &str = "sim/text?tokens=20";
 pub const TOOL: &str = "sim/tool?tool=noop&args=%7B%7D";
-const WARM_UP: usize = 10;
-const ONE_BY_ONE: usize = 100;
 const CHATS: usize = 32;
-const RATE_TIME: Duration = Duration::from_secs(20);
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
 pub async fn run(bench: &Bench, report: &mut Report) -> Result<()> {
@@ -40,16 +36,16 @@ pub async fn run(bench: &Bench, report: &mut Report) -> Result<()> {
     report.set("tool_turn_ms_p50", tool.at(0.5));
     report.set("tool_turn_ms_p95", tool.at(0.95));
 
-    let before = cpu(&bench.rig).await?;
-    let (turns, rate) = at_once(bench, PLAIN, RATE_TIME).await?;
+    let before = cpu_by_role(&bench.rig).await?;
+    let (turns, rate) = at_once(bench, PLAIN, bench.amount.rate_time).await?;
     report.set("turns_per_s_32", rate);
-    for ((role, before), (_, after)) in before.into_iter().zip(cpu(&bench.rig).await?) {
+    for ((role, before), (_, after)) in before.into_iter().zip(cpu_by_role(&bench.rig).await?) {
         report.set(&format!("cpu_ms_per_turn_{role}"), (after - before) / turns as f64);
     }
-    let before = cpu(&bench.rig).await?;
-    let (turns, rate) = at_once(bench, TOOL, RATE_TIME).await?;
+    let before = cpu_by_role(&bench.rig).await?;
+    let (turns, rate) = at_once(bench, TOOL, bench.amount.rate_time).await?;
     report.set("tool_turns_per_s_32", rate);
-    for ((role, before), (_, after)) in before.into_iter().zip(cpu(&bench.rig).await?) {
+    for ((role, before), (_, after)) in before.into_iter().zip(cpu_by_role(&bench.rig).await?) {
         report.set(&format!("cpu_ms_per_tool_turn_{role}"), (after - before) / turns as f64);
     }
     Ok(())
@@ -62,12 +58,13 @@ pub async fn session(bench: &Bench, model: &str) -> Result<ChatSession> {
 
 async fn one_by_one(bench: &Bench, model: &str) -> Result<Vec<TurnReport>> {
     let mut session = session(bench, model).await?;
-    let mut reports = Vec::with_capacity(ONE_BY_ONE);
-    for number in 0..WARM_UP + ONE_BY_ONE {
+    let Amount { warm_up, one_by_one, .. } = bench.amount;
+    let mut reports = Vec::with_capacity(one_by_one);
+    for number in 0..warm_up + one_by_one {
         let report = session.send_and_wait("go", PATIENCE).await?;
         ensure!(report.succeeded(), "a turn failed: {:?}", report.turn);
         ensure!(report.verification.is_clean(), "the stream broke its promise: {:?}", report.verification);
-        if number >= WARM_UP {
+        if number >= warm_up {
             reports.push(report);
         }
     }
@@ -102,24 +99,18 @@ pub async fn at_once(bench: &Bench, model: &str, time: Duration) -> Result<(usiz
 }
 
 /// CPU milliseconds used so far, by process.
-async fn cpu(rig: &Rig) -> Result<Vec<(&'static str, f64)>> {
+async fn cpu_by_role(rig: &Rig) -> Result<Vec<(&'static str, f64)>> {
     let shared = Rig::shared_servers().await?;
-    let of = |pid: Option<u32>| pid.map_or(0.0, cpu_ms);
-    let all = |roles: &[reliant_devstack::RoleProcess]| roles.iter().map(|role| cpu_ms(role.pid())).sum();
-    Ok(vec![
+    let all = |roles: &[reliant_devstack::RoleProcess]| roles.iter().map(reliant_devstack::RoleProcess::pid).collect();
+    let server = |pid: Option<u32>| pid.into_iter().collect();
+    Ok(cpu::by_role([
         ("api", all(&rig.mesh.apis)),
         ("worker", all(&rig.mesh.workers)),
         ("gateway", all(&rig.mesh.gateways)),
-        ("model_sim", cpu_ms(rig.mesh.sim.pid())),
-        ("temporal", of(shared.pid(Server::Temporal))),
-        ("postgres", shared.pid(Server::Postgres).map_or(0.0, family_cpu_ms)),
-        ("nats", of(rig.nats.pid(Server::Nats))),
-        ("client", cpu_ms(std::process::id())),
-    ])
-}
-
-/// Of a process and its children that still live.
-fn family_cpu_ms(pid: u32) -> f64 {
-    let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-    cpu_ms(pid) + children.split_whitespace().filter_map(|child| child.parse().ok()).map(cpu_ms).sum::<f64>()
+        ("model_sim", vec![rig.mesh.sim.pid()]),
+        ("temporal", server(shared.pid(Server::Temporal))),
+        ("postgres", server(shared.pid(Server::Postgres))),
+        ("nats", server(rig.nats.pid(Server::Nats))),
+        ("client", vec![std::process::id()]),
+    ]))
 }

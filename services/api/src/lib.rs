@@ -14,6 +14,7 @@ mod web;
 
 use std::{net::SocketAddr, sync::Arc};
 
+use futures::future::BoxFuture;
 use reliant_bus::ControlSubject;
 use reliant_middleware::StoreAuthenticator;
 use reliant_rpc::{
@@ -24,7 +25,7 @@ use reliant_rpc::{
     token_service_server::TokenServiceServer, turn_service_server::TurnServiceServer,
 };
 use reliant_runtime::{AdminServer, Drain, Role, TaskKind, check_fn};
-use reliant_types::{Code, Failure, limits, pb};
+use reliant_types::{Code, Failure, boxed, limits, pb};
 use tokio::net::TcpListener;
 use tonic::{
     server::NamedService,
@@ -94,6 +95,7 @@ pub struct Api {
 }
 
 /// Binds the listeners; nothing is served before [`Role::run`].
+#[boxed]
 pub async fn build(config: ApiConfig, deps: ApiDeps) -> Result<Api, ApiError> {
     let bind = |addr| move |source| ApiError::Bind { addr, source };
     stack::check_origins(&config.cors_origins)?;
@@ -140,47 +142,56 @@ impl Role for Api {
         Some(self.admin.local_addr())
     }
 
-    async fn run(self, drain: Drain) -> Result<(), ApiError> {
-        let Api { config, deps, listener, addr, admin } = self;
-        let authenticator = StoreAuthenticator::new(deps.store.clone(), deps.jwt.clone());
-        let control = deps.bus.subscribe(&ControlSubject).await.map_err(ApiError::Control)?;
-        let feeds = feed::Deps {
-            store: deps.store.clone(),
-            bus: deps.bus.clone(),
-            budget: feed::Budget::new(config.limits.live_text_bytes),
-        };
-        let hub = Arc::new(Hub::new(feeds, config.limits.streams, config.limits.user_streams, drain.clone()));
-        let effects = Effects::new(deps.bus.clone(), deps.flows.clone(), drain.clone(), config.limits.background_tasks);
+    fn run(self, drain: Drain) -> BoxFuture<'static, Result<(), ApiError>> {
+        Box::pin(async move {
+            let Api { config, deps, listener, addr, admin } = self;
+            let authenticator = StoreAuthenticator::new(deps.store.clone(), deps.jwt.clone());
+            let control = deps.bus.subscribe(&ControlSubject).await.map_err(ApiError::Control)?;
+            let feeds = feed::Deps {
+                store: deps.store.clone(),
+                bus: deps.bus.clone(),
+                budget: feed::Budget::new(config.limits.live_text_bytes),
+            };
+            let hub = Arc::new(Hub::new(feeds, config.limits.streams, config.limits.user_streams, drain.clone()));
+            let effects =
+                Effects::new(deps.bus.clone(), deps.flows.clone(), drain.clone(), config.limits.background_tasks);
 
-        drain.spawn(TaskKind::Upkeep("admin"), admin.serve(drain.clone()));
-        drain.spawn(TaskKind::Upkeep("revocations"), authenticator.clone().watch_revocations());
-        drain.spawn(TaskKind::Upkeep("revocation messages"), upkeep::hear_revocations(authenticator.clone(), control));
-        drain.spawn(TaskKind::Upkeep("instance"), upkeep::beat(deps.store.clone(), deps.instance, addr, drain.clone()));
-        drain.spawn(TaskKind::Poller("places"), upkeep::places(deps.store.clone()));
-        drain.spawn(TaskKind::Poller("feeds"), feed::poll::run(hub.clone()));
-
-        let turn_deadline = config.limits.turn_deadline;
-        let app = Arc::new(App { deps, authenticator: authenticator.clone(), effects, hub, turn_deadline });
-        let (reporter, services) = services(&app).await?;
-        let front = stack::front(&config, Arc::new(authenticator), services)?;
-        let server = Server::builder()
-            // gRPC-web over plain HTTP comes as HTTP/1.1, and so does the page.
-            .accept_http1(true)
-            .max_concurrent_streams(STREAMS_PER_CONNECTION)
-            .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
-            .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
-            .add_routes(Routes::from(axum::Router::new().fallback_service(stack::as_page(front))))
-            .serve_with_incoming_shutdown(
-                TcpIncoming::from(listener).with_nodelay(Some(true)),
-                drain.token().cancelled_owned(),
+            drain.spawn(TaskKind::Upkeep("admin"), admin.serve(drain.clone()));
+            drain.spawn(TaskKind::Upkeep("revocations"), authenticator.clone().watch_revocations());
+            drain.spawn(
+                TaskKind::Upkeep("revocation messages"),
+                upkeep::hear_revocations(authenticator.clone(), control),
             );
-        drain.spawn(TaskKind::Listener("grpc"), server);
-        tracing::info!(%addr, "the api listens");
+            drain.spawn(
+                TaskKind::Upkeep("instance"),
+                upkeep::beat(deps.store.clone(), deps.instance, addr, drain.clone()),
+            );
+            drain.spawn(TaskKind::Poller("places"), upkeep::places(deps.store.clone()));
+            drain.spawn(TaskKind::Poller("feeds"), feed::poll::run(hub.clone()));
 
-        drain.draining().await;
-        set_health(&reporter, ServingStatus::NotServing).await;
-        drain.wait(config.limits.drain).await;
-        Ok(())
+            let turn_deadline = config.limits.turn_deadline;
+            let app = Arc::new(App { deps, authenticator: authenticator.clone(), effects, hub, turn_deadline });
+            let (reporter, services) = services(&app).await?;
+            let front = stack::front(&config, Arc::new(authenticator), services)?;
+            let server = Server::builder()
+                // gRPC-web over plain HTTP comes as HTTP/1.1, and so does the page.
+                .accept_http1(true)
+                .max_concurrent_streams(STREAMS_PER_CONNECTION)
+                .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+                .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+                .add_routes(Routes::from(axum::Router::new().fallback_service(stack::as_page(front))))
+                .serve_with_incoming_shutdown(
+                    TcpIncoming::from(listener).with_nodelay(Some(true)),
+                    drain.token().cancelled_owned(),
+                );
+            drain.spawn(TaskKind::Listener("grpc"), server);
+            tracing::info!(%addr, "the api listens");
+
+            drain.draining().await;
+            set_health(&reporter, ServingStatus::NotServing).await;
+            drain.wait(config.limits.drain).await;
+            Ok(())
+        })
     }
 }
 

@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use reliant_telemetry::chain;
-use reliant_types::Incarnation;
+use reliant_types::{Incarnation, boxed};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -42,6 +42,7 @@ pub struct Built {
 }
 
 /// Takes the state directory, opens the journal, ends what an earlier process left.
+#[boxed]
 pub async fn build(config: DaemonConfig) -> Result<Built, DaemonError> {
     let config = config.checked()?;
     outlive_limits();
@@ -117,6 +118,7 @@ impl Built {
 
     /// Serves until `stop`. Running calls then get their time, results their chance to be collected; whatever is not
     /// collected is offered by the next process. `Err`: the gateway told this daemon never to come back.
+    #[boxed]
     pub async fn run(self, stop: CancellationToken) -> Result<(), DaemonError> {
         // Helpers live as long as this call does, however it ends.
         let helpers = CancellationToken::new();

@@ -1,6 +1,7 @@
 //! What `reliant daemon status|stop|logs` reads: a file in the state directory, replaced whole. Whether a daemon runs
 //! is told by its lock, never by the file.
 
+use reliant_types::boxed;
 use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
@@ -85,6 +86,7 @@ pub fn status(state_dir: &Path) -> Result<Option<Status>, DaemonError> {
 }
 
 /// Asks the daemon to stop, and waits until it has. Answers its pid.
+#[boxed]
 pub async fn stop(state_dir: &Path, timeout: Duration) -> Result<u32, DaemonError> {
     let pid = state_dir::owner(state_dir).ok_or_else(|| DaemonError::NotRunning(state_dir.to_owned()))?;
     let target = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw);

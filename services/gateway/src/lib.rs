@@ -17,6 +17,7 @@ mod writer;
 
 pub use config::GatewayConfig;
 
+use futures::future::BoxFuture;
 use hub::Hub;
 use reliant_bus::{Bus, BusError, ControlSubject};
 use reliant_middleware::Authenticator;
@@ -24,7 +25,7 @@ use reliant_rpc::tunnel_service_server::TunnelServiceServer;
 use reliant_runtime::{AdminServer, Drain, Role, TaskKind, check_fn};
 use reliant_store::Store;
 use reliant_telemetry::sampled;
-use reliant_types::{Code, Failure, InstanceId, limits, pb};
+use reliant_types::{Code, Failure, InstanceId, boxed, limits, pb};
 use std::{net::SocketAddr, sync::Arc};
 use tokio::net::TcpListener;
 use tonic::transport::server::TcpIncoming;
@@ -77,6 +78,7 @@ pub struct Gateway {
 }
 
 /// Binds the listeners; nothing is served before [`Role::run`].
+#[boxed]
 pub async fn build(config: GatewayConfig, deps: GatewayDeps) -> Result<Gateway, GatewayError> {
     let bind = |addr| move |source| GatewayError::Bind { addr, source };
     let listener = TcpListener::bind(config.listen).await.map_err(bind(config.listen))?;
@@ -108,48 +110,50 @@ impl Role for Gateway {
         Some(self.admin.local_addr())
     }
 
-    async fn run(self, drain: Drain) -> Result<(), GatewayError> {
-        let Gateway { config, deps, listener, addr, admin } = self;
-        let hub = Arc::new(Hub::new(deps.instance, deps.store, deps.bus));
-        let control = hub.bus.subscribe(&ControlSubject).await.map_err(GatewayError::Control)?;
-        drain.spawn(TaskKind::Upkeep("admin"), admin.serve(drain.clone()));
-        drain.spawn(TaskKind::Upkeep("leases"), leases::renew(hub.clone()));
-        drain.spawn(TaskKind::Upkeep("nats watch"), leases::watch_bus(hub.clone()));
-        drain.spawn(TaskKind::Upkeep("heartbeat"), instance::beat(hub.clone(), addr, drain.clone()));
-        drain.spawn(TaskKind::Upkeep("revocations"), revocations::poll(hub.clone()));
-        drain.spawn(TaskKind::Upkeep("revocation messages"), revocations::listen(hub.clone(), control));
+    fn run(self, drain: Drain) -> BoxFuture<'static, Result<(), GatewayError>> {
+        Box::pin(async move {
+            let Gateway { config, deps, listener, addr, admin } = self;
+            let hub = Arc::new(Hub::new(deps.instance, deps.store, deps.bus));
+            let control = hub.bus.subscribe(&ControlSubject).await.map_err(GatewayError::Control)?;
+            drain.spawn(TaskKind::Upkeep("admin"), admin.serve(drain.clone()));
+            drain.spawn(TaskKind::Upkeep("leases"), leases::renew(hub.clone()));
+            drain.spawn(TaskKind::Upkeep("nats watch"), leases::watch_bus(hub.clone()));
+            drain.spawn(TaskKind::Upkeep("heartbeat"), instance::beat(hub.clone(), addr, drain.clone()));
+            drain.spawn(TaskKind::Upkeep("revocations"), revocations::poll(hub.clone()));
+            drain.spawn(TaskKind::Upkeep("revocation messages"), revocations::listen(hub.clone(), control));
 
-        let places = sampled::places("daemons", config.max_daemons);
-        let tunnel = tunnel::Tunnel {
-            hub: hub.clone(),
-            drain: drain.clone(),
-            places: places.clone(),
-            admissions: sampled::places("admissions", config.admissions.max(1)),
-        };
-        let tunnel = TunnelServiceServer::new(tunnel).max_decoding_message_size(limits::GRPC_MESSAGE_MAX_BYTES);
-        let (reporter, health) = tonic_health::server::health_reporter();
-        reporter.set_serving::<TunnelServiceServer<tunnel::Tunnel>>().await;
-        let server = stack::server(&config, deps.authenticator)
-            .add_service(health)
-            .add_service(reflection()?)
-            .add_service(tunnel)
-            .serve_with_incoming_shutdown(
-                TcpIncoming::from(listener).with_nodelay(Some(true)),
-                drain.token().cancelled_owned(),
-            );
-        drain.spawn(TaskKind::Listener("grpc"), server);
-        tracing::info!(%addr, "the gateway listens");
+            let places = sampled::places("daemons", config.max_daemons);
+            let tunnel = tunnel::Tunnel {
+                hub: hub.clone(),
+                drain: drain.clone(),
+                places: places.clone(),
+                admissions: sampled::places("admissions", config.admissions.max(1)),
+            };
+            let tunnel = TunnelServiceServer::new(tunnel).max_decoding_message_size(limits::GRPC_MESSAGE_MAX_BYTES);
+            let (reporter, health) = tonic_health::server::health_reporter();
+            reporter.set_serving::<TunnelServiceServer<tunnel::Tunnel>>().await;
+            let server = stack::server(&config, deps.authenticator)
+                .add_service(health)
+                .add_service(reflection()?)
+                .add_service(tunnel)
+                .serve_with_incoming_shutdown(
+                    TcpIncoming::from(listener).with_nodelay(Some(true)),
+                    drain.token().cancelled_owned(),
+                );
+            drain.spawn(TaskKind::Listener("grpc"), server);
+            tracing::info!(%addr, "the gateway listens");
 
-        drain.draining().await;
-        reporter.set_not_serving::<TunnelServiceServer<tunnel::Tunnel>>().await;
-        // Every stream has been told to move; a place is free again when its daemon has done so.
-        let all_moved = places.acquire_many(u32::try_from(config.max_daemons).unwrap_or(u32::MAX));
-        if tokio::time::timeout(config.drain, all_moved).await.is_err() {
-            let daemons = hub.end_all(hub::End::Drained);
-            tracing::warn!(daemons, "daemons that did not move in time are cut off");
-        }
-        drain.wait(LAST_WORDS).await;
-        Ok(())
+            drain.draining().await;
+            reporter.set_not_serving::<TunnelServiceServer<tunnel::Tunnel>>().await;
+            // Every stream has been told to move; a place is free again when its daemon has done so.
+            let all_moved = places.acquire_many(u32::try_from(config.max_daemons).unwrap_or(u32::MAX));
+            if tokio::time::timeout(config.drain, all_moved).await.is_err() {
+                let daemons = hub.end_all(hub::End::Drained);
+                tracing::warn!(daemons, "daemons that did not move in time are cut off");
+            }
+            drain.wait(LAST_WORDS).await;
+            Ok(())
+        })
     }
 }
 

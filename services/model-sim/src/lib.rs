@@ -16,6 +16,7 @@ mod script;
 mod serve;
 mod stream;
 
+use reliant_types::boxed;
 use std::{
     future::Future,
     net::SocketAddr,
@@ -91,6 +92,7 @@ pub struct Built {
 }
 
 /// Binds.
+#[boxed]
 pub async fn build(cfg: SimConfig) -> Result<Built, SimError> {
     let failed = |source| SimError::Listen { address: cfg.listen, source };
     let listener = TcpListener::bind(cfg.listen).await.map_err(failed)?;

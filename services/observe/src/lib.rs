@@ -13,7 +13,7 @@ pub mod tree;
 use std::net::SocketAddr;
 
 use reliant_telemetry::chain;
-use reliant_types::{Code, Failure};
+use reliant_types::{Code, Failure, boxed};
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
 
@@ -60,6 +60,7 @@ pub struct Observe {
 }
 
 impl Observe {
+    #[boxed]
     pub async fn start(config: ObserveConfig) -> Result<Self, ObserveError> {
         let addr = config.listen;
         if !addr.ip().is_loopback() {

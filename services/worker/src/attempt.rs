@@ -358,7 +358,7 @@ fn judge(engine: &Engine, attempt: &Attempt, blocks: Vec<crate::answer::Growing>
             BlockKind::Text => stored.push(NewBlock::Text { text: block.text }),
             BlockKind::Thinking => stored.push(NewBlock::Thinking { text: block.text, signature: block.signature }),
             BlockKind::ToolUse { provider_id, name } => {
-                let mut verdict = engine.schemas.judge(&declared, attempt.mode, &name, &block.text);
+                let mut verdict = crate::tools::judge(engine.tool_timeout, &declared, attempt.mode, &name, &block.text);
                 if calls.len() >= limits::MESSAGE_TOOL_CALLS_MAX {
                     let text = format!(
                         "more than {} calls at once; make the rest in the next round",

@@ -19,7 +19,7 @@ use reliant_types::{ChatId, Code, InstanceId, TurnId, pb};
 use tokio::sync::{Notify, Semaphore};
 use tokio_util::sync::CancellationToken;
 
-use crate::{live::Live, publish::Publisher, rounds::Rounds, tools::Schemas, transcripts::Transcripts};
+use crate::{live::Live, publish::Publisher, rounds::Rounds, transcripts::Transcripts};
 
 /// Wakes and other short errands under way at one time; past that they wait their turn.
 const ERRANDS_MAX: usize = 256;
@@ -48,7 +48,8 @@ pub struct Engine {
     pub live: Live,
     pub rounds: Arc<Rounds>,
     pub transcripts: Transcripts,
-    pub schemas: Schemas,
+    /// Of calls that ask for none.
+    pub tool_timeout: Duration,
     pub cancels: Cancels,
     pub instance: InstanceId,
     /// Results that come this soon after their dispatch are fed to the model without a detour.

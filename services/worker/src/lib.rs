@@ -18,17 +18,19 @@ mod publish;
 mod relay;
 mod results;
 mod rounds;
+mod schema;
 mod tools;
 mod transcripts;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
+use futures::future::BoxFuture;
 use reliant_bus::Bus;
 use reliant_flows::{Flows, FlowsError};
 use reliant_models::Models;
 use reliant_runtime::{AdminServer, Drain, Role, TaskKind, check_fn};
 use reliant_store::Store;
-use reliant_types::{InstanceId, limits};
+use reliant_types::{InstanceId, boxed, limits};
 use serde::{Deserialize, Serialize};
 
 use tokio_util::sync::CancellationToken;
@@ -39,7 +41,6 @@ use crate::{
     live::Live,
     publish::{Hints, Publisher},
     rounds::Rounds,
-    tools::Schemas,
     transcripts::Transcripts,
 };
 
@@ -100,6 +101,7 @@ pub struct Worker {
 }
 
 /// Binds the listener; nothing is served or polled before [`Role::run`].
+#[boxed]
 pub async fn build(config: WorkerConfig, deps: WorkerDeps) -> Result<Worker, WorkerError> {
     let WorkerDeps { store, bus, flows, models, instance } = deps;
     let checks = {
@@ -133,7 +135,7 @@ pub async fn build(config: WorkerConfig, deps: WorkerDeps) -> Result<Worker, Wor
         live: Live::default(),
         rounds: Arc::new(Rounds::default()),
         transcripts: Transcripts::default(),
-        schemas: Schemas::new(config.tool_timeout.min(limits::TOOL_TIMEOUT_MAX)),
+        tool_timeout: config.tool_timeout.min(limits::TOOL_TIMEOUT_MAX),
         cancels: Default::default(),
         instance,
         inline_wait: config.inline_wait,
@@ -156,30 +158,32 @@ impl Role for Worker {
         Some(self.admin.local_addr())
     }
 
-    async fn run(self, drain: Drain) -> Result<(), WorkerError> {
-        let Worker { engine, admin, hints, draining } = self;
-        let admin_addr = admin.local_addr();
-        let config = engine.flows.config().clone();
-        let limit = config.worker.drain + DRAIN_REST;
-        drain.spawn(TaskKind::Upkeep("admin"), admin.serve(drain.clone()));
-        drain.spawn(TaskKind::Upkeep("hints"), hints.send(engine.bus.clone()));
-        drain.spawn(TaskKind::Upkeep("instance"), listen::heartbeat(engine.clone(), admin_addr, drain.clone()));
-        drain.spawn(TaskKind::Upkeep("lengths"), listen::lengths(engine.clone()));
-        drain.spawn(TaskKind::Upkeep("prefixes"), listen::prefixes(engine.clone()));
-        drain.spawn(TaskKind::Upkeep("cancels"), listen::cancels(engine.clone()));
-        drain.spawn(TaskKind::Poller("relay"), relay::run(engine.clone()));
-        drain.spawn(TaskKind::Poller("presence"), presence::run(engine.clone()));
-        drain.spawn(TaskKind::Listener("results"), results::run(engine.clone()));
-        let (token, driver) = (drain.token(), Arc::new(EngineDriver(engine.clone())));
-        drain.spawn(TaskKind::Listener("temporal"), async move {
-            reliant_flows::run_worker(config, driver, token).await?;
-            // Viewers of what was committed last may still ask for its text.
-            listen::until_forgotten(&engine).await;
-            Ok::<_, FlowsError>(())
-        });
-        drain.draining().await;
-        draining.cancel();
-        drain.wait(limit).await;
-        Ok(())
+    fn run(self, drain: Drain) -> BoxFuture<'static, Result<(), WorkerError>> {
+        Box::pin(async move {
+            let Worker { engine, admin, hints, draining } = self;
+            let admin_addr = admin.local_addr();
+            let config = engine.flows.config().clone();
+            let limit = config.worker.drain + DRAIN_REST;
+            drain.spawn(TaskKind::Upkeep("admin"), admin.serve(drain.clone()));
+            drain.spawn(TaskKind::Upkeep("hints"), hints.send(engine.bus.clone()));
+            drain.spawn(TaskKind::Upkeep("instance"), listen::heartbeat(engine.clone(), admin_addr, drain.clone()));
+            drain.spawn(TaskKind::Upkeep("lengths"), listen::lengths(engine.clone()));
+            drain.spawn(TaskKind::Upkeep("prefixes"), listen::prefixes(engine.clone()));
+            drain.spawn(TaskKind::Upkeep("cancels"), listen::cancels(engine.clone()));
+            drain.spawn(TaskKind::Poller("relay"), relay::run(engine.clone()));
+            drain.spawn(TaskKind::Poller("presence"), presence::run(engine.clone()));
+            drain.spawn(TaskKind::Listener("results"), results::run(engine.clone()));
+            let (token, driver) = (drain.token(), Arc::new(EngineDriver(engine.clone())));
+            drain.spawn(TaskKind::Listener("temporal"), async move {
+                reliant_flows::run_worker(config, driver, token).await?;
+                // Viewers of what was committed last may still ask for its text.
+                listen::until_forgotten(&engine).await;
+                Ok::<_, FlowsError>(())
+            });
+            drain.draining().await;
+            draining.cancel();
+            drain.wait(limit).await;
+            Ok(())
+        })
     }
 }

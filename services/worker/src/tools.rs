@@ -3,27 +3,17 @@
 //! A model's call is untrusted text: its tool must be offered, its arguments must be a JSON object that fits the tool's
 //! schema, and the chat's mode must allow it. What is refused never reaches a daemon; the model reads why.
 
-use std::{
-    collections::HashMap,
-    hash::{DefaultHasher, Hash, Hasher},
-    sync::Arc,
-    time::Duration,
-};
+use std::time::Duration;
 
-use jsonschema::Validator;
-use parking_lot::Mutex;
-use reliant_telemetry::chain;
 use reliant_types::{Code, Failure, limits, pb};
 use serde_json::Value;
 
+use crate::schema;
+
 /// Our own tools without side effects: they may run again by themselves.
 const READ_ONLY: &[&str] = &["read_file", "list_dir", "glob", "grep"];
-/// Compiled schemas kept; past that all are dropped and compiled anew.
-const SCHEMAS_MAX: usize = 4096;
-/// A schema larger than this is not compiled: it would cost more than it saves.
-const SCHEMA_MAX_BYTES: usize = 256 * 1024;
-/// Mistakes told to the model at once.
-const MISTAKES_MAX: usize = 5;
+/// A schema larger than this is not read for each call; daemons send none (limits.rs).
+const SCHEMA_MAX_BYTES: usize = 64 * 1024;
 
 /// Whether a tool changes nothing. The declaration alone is not enough: an MCP server's hint is not believed.
 pub fn is_read_only(tool: &pb::ToolDeclaration) -> bool {
@@ -71,84 +61,47 @@ pub struct Verdict {
     pub refused: Option<Failure>,
 }
 
-pub struct Schemas {
-    /// Of calls that ask for none.
+/// Judges one call. `declared` are all tools of the daemon for this root, `mode` decides which of them are allowed;
+/// `timeout` is that of calls that ask for none.
+pub fn judge(
     timeout: Duration,
-    compiled: Mutex<HashMap<u64, Option<Arc<Validator>>>>,
+    declared: &[&pb::ToolDeclaration],
+    mode: pb::ChatMode,
+    tool: &str,
+    input: &str,
+) -> Verdict {
+    let found = declared.iter().find(|candidate| candidate.name == tool);
+    let read_only = found.is_some_and(|tool| is_read_only(tool));
+    let parsed = parse(input);
+    let refused = match (found, &parsed) {
+        (None, _) => Some(unknown(declared, tool)),
+        (Some(_), _) if mode == pb::ChatMode::Plan && !read_only => Some(Failure::new(
+            Code::ToolNotAllowed,
+            format!("{tool} is not allowed in plan mode, which only looks; describe the change in your plan instead"),
+        )),
+        (Some(_), Err(failure)) => Some(failure.clone()),
+        (Some(declaration), Ok(value)) => check(declaration, value),
+    };
+    Verdict {
+        read_only,
+        needs_approval: refused.is_none() && !read_only && mode != pb::ChatMode::Auto,
+        timeout: timeout_of(tool, parsed.as_ref().ok()).unwrap_or(timeout),
+        refused,
+    }
 }
 
-impl Schemas {
-    pub fn new(timeout: Duration) -> Self {
-        Self { timeout, compiled: Mutex::default() }
+/// What of the arguments does not fit the tool's schema. One that is no schema, or too large, checks nothing: the tool
+/// judges its arguments itself.
+fn check(tool: &pb::ToolDeclaration, arguments: &Value) -> Option<Failure> {
+    if tool.input_schema_json.len() > SCHEMA_MAX_BYTES {
+        return None;
     }
-
-    /// Judges one call. `declared` are all tools of the daemon for this root, `mode` decides which of them are allowed.
-    pub fn judge(&self, declared: &[&pb::ToolDeclaration], mode: pb::ChatMode, tool: &str, input: &str) -> Verdict {
-        let found = declared.iter().find(|candidate| candidate.name == tool);
-        let read_only = found.is_some_and(|tool| is_read_only(tool));
-        let parsed = parse(input);
-        let refused = match (found, &parsed) {
-            (None, _) => Some(unknown(declared, tool)),
-            (Some(_), _) if mode == pb::ChatMode::Plan && !read_only => Some(Failure::new(
-                Code::ToolNotAllowed,
-                format!(
-                    "{tool} is not allowed in plan mode, which only looks; describe the change in your plan instead"
-                ),
-            )),
-            (Some(_), Err(failure)) => Some(failure.clone()),
-            (Some(declaration), Ok(value)) => self.check(declaration, value),
-        };
-        Verdict {
-            read_only,
-            needs_approval: refused.is_none() && !read_only && mode != pb::ChatMode::Auto,
-            timeout: timeout_of(tool, parsed.as_ref().ok()).unwrap_or(self.timeout),
-            refused,
-        }
-    }
-
-    fn check(&self, tool: &pb::ToolDeclaration, value: &Value) -> Option<Failure> {
-        let validator = self.validator(&tool.input_schema_json)?;
-        let mistakes: Vec<String> = validator
-            .iter_errors(value)
-            .take(MISTAKES_MAX)
-            .map(|error| {
-                let path = error.instance_path().to_string();
-                let text: String = error.to_string().chars().take(300).collect();
-                if path.is_empty() { text } else { format!("{path}: {text}") }
-            })
-            .collect();
-        (!mistakes.is_empty()).then(|| {
-            let text = format!("the arguments do not fit {}'s schema: {}", tool.name, mistakes.join("; "));
-            Failure::new(Code::ToolArgumentsInvalid, text)
-        })
-    }
-
-    /// None for a schema that is itself broken: the daemon then judges the arguments.
-    fn validator(&self, schema: &str) -> Option<Arc<Validator>> {
-        if schema.is_empty() || schema.len() > SCHEMA_MAX_BYTES {
-            return None;
-        }
-        let mut hasher = DefaultHasher::new();
-        schema.hash(&mut hasher);
-        let key = hasher.finish();
-        if let Some(known) = self.compiled.lock().get(&key) {
-            return known.clone();
-        }
-        let compiled =
-            serde_json::from_str::<Value>(schema).ok().and_then(|schema| match jsonschema::validator_for(&schema) {
-                Ok(validator) => Some(Arc::new(validator)),
-                Err(error) => {
-                    tracing::warn!(error = %chain(&error), "a tool's schema is not a JSON schema; its arguments are not checked here");
-                    None
-                }
-            });
-        let mut known = self.compiled.lock();
-        if known.len() >= SCHEMAS_MAX {
-            known.clear();
-        }
-        known.insert(key, compiled.clone());
-        compiled
-    }
+    let schema = serde_json::from_str(&tool.input_schema_json).ok()?;
+    let mistakes = schema::mistakes(&schema, arguments);
+    (!mistakes.is_empty()).then(|| {
+        let text = format!("the arguments do not fit {}'s schema: {}", tool.name, mistakes.join("; "));
+        Failure::new(Code::ToolArgumentsInvalid, text)
+    })
 }
 
 fn parse(input: &str) -> Result<Value, Failure> {
@@ -227,9 +180,8 @@ mod tests {
     fn calls_are_judged() {
         let tools = [tool("read_file", true, ""), tool("write_file", false, "")];
         let declared: Vec<_> = tools.iter().collect();
-        let schemas = Schemas::new(limits::TOOL_TIMEOUT);
         let check = |mode, tool: &str, input: &str| {
-            let verdict = schemas.judge(&declared, mode, tool, input);
+            let verdict = judge(limits::TOOL_TIMEOUT, &declared, mode, tool, input);
             (verdict.refused.map(|failure| failure.code), verdict.needs_approval)
         };
         use pb::ChatMode::{Ask, Auto, Plan};
@@ -246,8 +198,7 @@ mod tests {
     #[test]
     fn a_broken_schema_checks_nothing_and_a_limit_may_be_asked_for() {
         let broken = pb::ToolDeclaration { input_schema_json: r#"{"type":12}"#.into(), ..tool("x", false, "") };
-        let verdict =
-            Schemas::new(limits::TOOL_TIMEOUT).judge(&[&broken], pb::ChatMode::Auto, "x", r#"{"timeout_seconds":5}"#);
+        let verdict = judge(limits::TOOL_TIMEOUT, &[&broken], pb::ChatMode::Auto, "x", r#"{"timeout_seconds":5}"#);
         assert_eq!((verdict.refused, verdict.timeout), (None, limits::TOOL_TIMEOUT));
         let asked = |seconds: u64| timeout_of("shell", Some(&serde_json::json!({ "timeout_seconds": seconds })));
         assert_eq!(asked(5), Some(Duration::from_secs(5)));

@@ -8,7 +8,7 @@ use reliant_telemetry::{
     metrics::{self, BUS_DURATION},
     names::{TRACEPARENT, TRACESTATE},
 };
-use reliant_types::{Secret, limits};
+use reliant_types::{Secret, boxed, limits};
 use std::{
     hash::{BuildHasher, RandomState},
     path::PathBuf,
@@ -95,6 +95,7 @@ pub struct Bus {
 
 impl Bus {
     /// Connects, and keeps connecting in the background. An unreachable server is no error here: see [`Bus::is_connected`].
+    #[boxed]
     pub async fn connect(config: &BusConfig) -> Result<Bus, BusError> {
         let events = Events::new();
         let look = events.look.clone();
@@ -151,7 +152,8 @@ impl Bus {
         message: &T::Message,
     ) -> Result<(), BusError> {
         let timer = metrics::guard(&BUS_DURATION, &[T::TEMPLATE, "publish"]);
-        let result = self.send(T::TEMPLATE, topic.subject().into(), headers(trace), message).await;
+        let payload = encode(T::TEMPLATE, message);
+        let result = self.send(T::TEMPLATE, topic.subject().into(), headers(trace), payload).await;
         timer.done(outcome(&result));
         result
     }
@@ -176,19 +178,21 @@ impl Bus {
         timeout: Duration,
     ) -> Result<T::Reply, BusError> {
         let timer = metrics::guard(&BUS_DURATION, &[T::TEMPLATE, "request"]);
-        let result = self.ask(trace, topic, message, timeout).await;
+        let payload = encode(T::TEMPLATE, message);
+        let answer = self.ask(T::TEMPLATE, topic.subject(), headers(trace), payload, timeout).await;
+        let result = answer.and_then(|answer| T::Reply::decode(answer).map_err(|_| BusError::Undecodable(T::TEMPLATE)));
         timer.done(outcome(&result));
         result
     }
 
     /// One exact subject.
     pub async fn subscribe<T: Topic>(&self, topic: &T) -> Result<Subscription<T>, BusError> {
-        self.subscribe_to(topic.subject(), None).await
+        Ok(Subscription::new(self.subscribe_to(T::TEMPLATE, topic.subject(), None).await?))
     }
 
     /// All subjects of the kind. With a group, each message goes to one of its members.
     pub async fn subscribe_wildcard<T: Topic>(&self, group: Option<&str>) -> Result<Subscription<T>, BusError> {
-        self.subscribe_to(T::wildcard(), group).await
+        Ok(Subscription::new(self.subscribe_to(T::TEMPLATE, T::wildcard(), group).await?))
     }
 
     pub fn is_connected(&self) -> bool {
@@ -207,6 +211,7 @@ impl Bus {
     }
 
     /// Waits until what was published is on the socket; gives up after two seconds.
+    #[boxed]
     pub async fn flush(&self) {
         if self.is_connected() {
             let _ = tokio::time::timeout(FLUSH_WAIT, self.client.flush()).await;
@@ -214,6 +219,7 @@ impl Bus {
     }
 
     /// Ends all subscriptions after what they hold, flushes and closes. For the end of a process.
+    #[boxed]
     pub async fn drain(&self) {
         self.flush().await;
         let _ = tokio::time::timeout(FLUSH_WAIT, self.client.drain()).await;
@@ -242,14 +248,16 @@ impl Bus {
         hop(parent, span)
     }
 
-    pub(crate) async fn send<M: Message>(
+    #[boxed]
+    pub(crate) async fn send(
         &self,
         template: &'static str,
         subject: async_nats::Subject,
         headers: Option<HeaderMap>,
-        message: &M,
+        payload: Result<Bytes, BusError>,
     ) -> Result<(), BusError> {
-        let payload = encode(template, message)?;
+        let payload = payload?;
+        let bytes = payload.len();
         if !self.is_connected() {
             return Err(BusError::Disconnected);
         }
@@ -262,7 +270,9 @@ impl Bus {
         match tokio::time::timeout(OUTGOING_WAIT, sent).await {
             Ok(Ok(())) => Ok(()),
             Ok(Err(error)) => Err(match error.kind() {
-                PublishErrorKind::MaxPayloadExceeded => too_large(template, message, self.client.max_payload()),
+                PublishErrorKind::MaxPayloadExceeded => {
+                    BusError::TooLarge { template, bytes, limit: self.client.max_payload() }
+                }
                 PublishErrorKind::InvalidSubject => BusError::Refused { template, reason: error.to_string() },
                 PublishErrorKind::Send => BusError::Disconnected,
             }),
@@ -270,39 +280,50 @@ impl Bus {
         }
     }
 
-    async fn ask<T: RequestTopic>(
+    #[boxed]
+    async fn ask(
         &self,
-        trace: &TraceContext,
-        topic: &T,
-        message: &T::Message,
+        template: &'static str,
+        subject: String,
+        headers: Option<HeaderMap>,
+        payload: Result<Bytes, BusError>,
         timeout: Duration,
-    ) -> Result<T::Reply, BusError> {
-        let payload = encode(T::TEMPLATE, message)?;
+    ) -> Result<Bytes, BusError> {
+        let payload = payload?;
+        let bytes = payload.len();
         if !self.is_connected() {
             return Err(BusError::Disconnected);
         }
         let mut request = async_nats::Request::new().payload(payload).timeout(Some(timeout));
-        if let Some(headers) = headers(trace) {
+        if let Some(headers) = headers {
             request = request.headers(headers);
         }
         let mut down = self.down.clone();
         let answer = tokio::select! {
             biased;
-            answer = self.client.send_request(topic.subject(), request) => answer,
+            answer = self.client.send_request(subject, request) => answer,
             // An answer to a request of the old connection would come to nobody.
             _ = down.wait_for(Option::is_some) => return Err(BusError::Disconnected),
         };
         let answer = answer.map_err(|error| match error.kind() {
-            RequestErrorKind::TimedOut => BusError::Timeout(T::TEMPLATE),
-            RequestErrorKind::NoResponders => BusError::NoResponders(T::TEMPLATE),
-            RequestErrorKind::MaxPayloadExceeded => too_large(T::TEMPLATE, message, self.client.max_payload()),
-            RequestErrorKind::InvalidSubject => BusError::Refused { template: T::TEMPLATE, reason: error.to_string() },
+            RequestErrorKind::TimedOut => BusError::Timeout(template),
+            RequestErrorKind::NoResponders => BusError::NoResponders(template),
+            RequestErrorKind::MaxPayloadExceeded => {
+                BusError::TooLarge { template, bytes, limit: self.client.max_payload() }
+            }
+            RequestErrorKind::InvalidSubject => BusError::Refused { template, reason: error.to_string() },
             RequestErrorKind::Other => BusError::Disconnected,
         })?;
-        T::Reply::decode(answer.payload).map_err(|_| BusError::Undecodable(T::TEMPLATE))
+        Ok(answer.payload)
     }
 
-    async fn subscribe_to<T: Topic>(&self, subject: String, group: Option<&str>) -> Result<Subscription<T>, BusError> {
+    #[boxed]
+    async fn subscribe_to(
+        &self,
+        template: &'static str,
+        subject: String,
+        group: Option<&str>,
+    ) -> Result<async_nats::Subscriber, BusError> {
         let made = async {
             match group {
                 Some(group) => self.client.queue_subscribe(subject, group.to_owned()).await,
@@ -310,8 +331,8 @@ impl Bus {
             }
         };
         match tokio::time::timeout(OUTGOING_WAIT, made).await {
-            Ok(Ok(subscriber)) => Ok(Subscription::new(subscriber)),
-            Ok(Err(error)) => Err(BusError::Refused { template: T::TEMPLATE, reason: error.to_string() }),
+            Ok(Ok(subscriber)) => Ok(subscriber),
+            Ok(Err(error)) => Err(BusError::Refused { template, reason: error.to_string() }),
             Err(_) => Err(BusError::Busy),
         }
     }
@@ -335,15 +356,11 @@ fn outcome<T>(result: &Result<T, BusError>) -> &'static str {
     result.as_ref().map_or_else(BusError::outcome, |_| "ok")
 }
 
-fn encode<M: Message>(template: &'static str, message: &M) -> Result<Bytes, BusError> {
+pub(crate) fn encode<M: Message>(template: &'static str, message: &M) -> Result<Bytes, BusError> {
     if message.encoded_len() > PAYLOAD_MAX_BYTES {
-        return Err(too_large(template, message, PAYLOAD_MAX_BYTES));
+        return Err(BusError::TooLarge { template, bytes: message.encoded_len(), limit: PAYLOAD_MAX_BYTES });
     }
     Ok(message.encode_to_vec().into())
-}
-
-fn too_large<M: Message>(template: &'static str, message: &M, limit: usize) -> BusError {
-    BusError::TooLarge { template, bytes: message.encoded_len(), limit }
 }
 
 fn headers(trace: &TraceContext) -> Option<HeaderMap> {

@@ -10,7 +10,7 @@ use reliant_telemetry::{
 };
 use std::marker::PhantomData;
 
-use crate::{Bus, BusError, RequestTopic, Topic};
+use crate::{Bus, BusError, RequestTopic, Topic, client::encode};
 
 /// Messages of one subject, or of all of a kind. Dropping it unsubscribes.
 pub struct Subscription<T> {
@@ -79,7 +79,7 @@ impl<T: RequestTopic> Received<T> {
     pub async fn reply(&self, bus: &Bus, reply: &T::Reply) -> Result<(), BusError> {
         let timer = metrics::guard(&metrics::BUS_DURATION, &[T::TEMPLATE, "reply"]);
         let result = match &self.reply {
-            Some(subject) => bus.send(T::TEMPLATE, subject.clone(), None, reply).await,
+            Some(subject) => bus.send(T::TEMPLATE, subject.clone(), None, encode(T::TEMPLATE, reply)).await,
             None => Err(BusError::NoReplySubject(T::TEMPLATE)),
         };
         timer.done(result.as_ref().map_or_else(BusError::outcome, |()| "ok"));

@@ -9,7 +9,7 @@ use std::{error::Error as _, io, time::Duration};
 use reliant_rpc as rpc;
 use reliant_runtime::{Backoff, Retry};
 use reliant_telemetry::{ClientCall, TraceContext};
-use reliant_types::{Code, Failure, code::Class, limits, pb};
+use reliant_types::{Code, Failure, boxed, code::Class, limits, pb};
 use tokio::time::Instant;
 use tonic::{Request, Response, Status, transport::Channel};
 use tracing::Instrument as _;
@@ -41,6 +41,7 @@ pub struct Client {
 
 impl Client {
     /// Connects, waiting for a server that is just starting as long as a call may take.
+    #[boxed]
     pub async fn connect(config: ClientConfig) -> Result<Self, Failure> {
         let deadline = Instant::now() + config.call_deadline;
         let judge = |error: &rpc::RpcError| match error {
@@ -202,12 +203,13 @@ macro_rules! rpcs {
         $($name:ident, $rpc:literal, $kind:ident, $request:ident => $response:ident $(, $prepare:ident)?;)*
     })*) => {
         impl Client {$($(
+            #[boxed]
             pub async fn $name(&self, request: pb::$request) -> Result<pb::$response, Failure> {
                 let method = concat!("reliant.v1.", $service, "/", $rpc);
                 $(let request = $prepare(request);)?
-                Box::pin(self.call(method, Kind::$kind, request, |channel, request| async move {
+                self.call(method, Kind::$kind, request, |channel, request| async move {
                     rpc::$module::$client::new(channel).max_decoding_message_size(RESPONSE_MAX_BYTES).$name(request).await
-                }))
+                })
                 .await
             }
         )*)*}

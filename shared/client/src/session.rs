@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use reliant_types::{ChatId, Code, Failure, TurnId, pb};
+use reliant_types::{ChatId, Code, Failure, TurnId, boxed, pb};
 use tokio::time::Instant;
 use tracing::Instrument as _;
 
@@ -81,11 +81,13 @@ pub struct ChatSession {
 
 impl Client {
     /// Opens a chat and waits until its state is known.
+    #[boxed]
     pub async fn open(&self, chat: ChatId) -> Result<ChatSession, Failure> {
         self.open_from(chat, From::Snapshot).await
     }
 
     /// [`Self::open`], from a chosen place in the chat's log.
+    #[boxed]
     pub async fn open_from(&self, chat: ChatId, from: From) -> Result<ChatSession, Failure> {
         let mut subscription = self.subscription();
         subscription.follow(chat, from);
@@ -95,6 +97,7 @@ impl Client {
     }
 
     /// A new chat, as its id.
+    #[boxed]
     pub async fn new_chat(&self, request: pb::CreateChatRequest) -> Result<(ChatId, pb::Chat), Failure> {
         let chat = self.create_chat(request).await?.chat.unwrap_or_default();
         let id = chat.id.parse().map_err(|_| Failure::new(Code::Internal, "the server made a chat without an id"))?;
@@ -102,18 +105,21 @@ impl Client {
     }
 
     /// Sends one message to a chat and waits for its turn's end, on a stream of its own.
+    #[boxed]
     pub async fn send_and_wait(&self, chat: ChatId, text: &str, timeout: Duration) -> Result<TurnReport, Failure> {
         let mut session = self.open(chat).await?;
         session.send_and_wait(text, timeout).await
     }
 
     /// Waits for a turn's end, on a stream of its own.
+    #[boxed]
     pub async fn wait_turn(&self, chat: ChatId, turn: TurnId, timeout: Duration) -> Result<pb::Turn, Failure> {
         let mut session = self.open(chat).await?;
         session.wait_turn(turn, timeout).await
     }
 
     /// Approves all that waits in a chat now; says how many.
+    #[boxed]
     pub async fn approve_all(&self, chat: ChatId) -> Result<usize, Failure> {
         let request = pb::ListApprovalsRequest { chat_id: chat.to_string(), page_size: 200, ..Default::default() };
         let mut approved = 0;
@@ -165,6 +171,7 @@ impl ChatSession {
     }
 
     /// The next update, with approvals decided on the way as this session's rule says.
+    #[boxed]
     pub async fn next(&mut self) -> Result<ClientUpdate, Failure> {
         let update = self.subscription.next().await?;
         if self.approvals != Approvals::Leave {
@@ -186,11 +193,13 @@ impl ChatSession {
     }
 
     /// Sends a message; answers once it is stored.
+    #[boxed]
     pub async fn send(&self, text: &str) -> Result<pb::SendMessageResponse, Failure> {
         self.send_as(&uuid::Uuid::now_v7().to_string(), text).await
     }
 
     /// [`Self::send`] with a client message id of one's own.
+    #[boxed]
     pub async fn send_as(&self, client_message_id: &str, text: &str) -> Result<pb::SendMessageResponse, Failure> {
         let request = pb::SendMessageRequest {
             chat_id: self.chat.to_string(),
@@ -202,12 +211,14 @@ impl ChatSession {
         self.client().send_message(request).instrument(span).await
     }
 
+    #[boxed]
     pub async fn cancel(&self, turn: TurnId) -> Result<pb::Turn, Failure> {
         let response = self.client().cancel_turn(pb::CancelTurnRequest { turn_id: turn.to_string() }).await?;
         Ok(response.turn.unwrap_or_default())
     }
 
     /// Sends a message and watches its turn to the end. `timeout` is for all of it.
+    #[boxed]
     pub async fn send_and_wait(&mut self, text: &str, timeout: Duration) -> Result<TurnReport, Failure> {
         let sent_at = Instant::now();
         let deadline = sent_at + timeout;
@@ -240,6 +251,7 @@ impl ChatSession {
     }
 
     /// Watches until the turn has ended.
+    #[boxed]
     pub async fn wait_turn(&mut self, turn: TurnId, timeout: Duration) -> Result<pb::Turn, Failure> {
         let deadline = Instant::now() + timeout;
         let id = turn.to_string();

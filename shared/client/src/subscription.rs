@@ -6,7 +6,7 @@ use std::time::Duration;
 use reliant_rpc::{self as rpc, update_service_client::UpdateServiceClient};
 use reliant_runtime::Backoff;
 use reliant_telemetry::{ClientCall, TraceContext};
-use reliant_types::{ChatId, Code, Failure, code::Class, limits, pb};
+use reliant_types::{ChatId, Code, Failure, boxed, code::Class, limits, pb};
 use tokio::time::{Instant, timeout_at};
 use tonic::{Status, Streaming};
 use tracing::Instrument as _;
@@ -114,6 +114,7 @@ impl Subscription {
 
     /// The next thing that is new. An error is one that coming back will not cure (the token, the chat); anything else
     /// is waited out, without end: the caller sets a deadline. Dropping the future loses nothing.
+    #[boxed]
     pub async fn next(&mut self) -> Result<ClientUpdate, Failure> {
         loop {
             let Some(stream) = &mut self.stream else {
@@ -151,6 +152,7 @@ impl Subscription {
     }
 
     /// Waits until all that is stored has come.
+    #[boxed]
     pub async fn caught_up(&mut self, deadline: Instant) -> Result<(), Failure> {
         while !self.view.is_caught_up() || self.stream.is_none() {
             self.next_before(deadline).await?;
@@ -159,6 +161,7 @@ impl Subscription {
     }
 
     /// [`Self::next`] with a deadline.
+    #[boxed]
     pub async fn next_before(&mut self, deadline: Instant) -> Result<ClientUpdate, Failure> {
         match timeout_at(deadline, self.next()).await {
             Ok(update) => update,

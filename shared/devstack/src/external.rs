@@ -1,5 +1,6 @@
 //! Servers that somebody else runs: whether anything listens there, asked before the roles wait for it.
 
+use reliant_types::boxed;
 use std::time::Duration;
 
 use tokio::net::TcpStream;
@@ -9,6 +10,7 @@ use crate::{Server, StackError};
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Connects once to each host that the URL names; one that answers is enough.
+#[boxed]
 pub async fn reachable(server: Server, url: &str) -> Result<(), StackError> {
     let mut refused = None;
     for address in addresses(server, url) {

@@ -24,7 +24,7 @@ pub use config::{Placement, Server, StackConfig};
 pub use error::StackError;
 pub use external::reachable;
 pub use lock::{DataDirLock, running_info, write_private};
-pub use mesh::{Addresses, RoleProcess, RoleSpec, cpu_ms, http_get, is_ready, resident_kib};
+pub use mesh::{Addresses, RoleProcess, RoleSpec, http_get, is_ready, resident_kib};
 pub use nats::{NatsRole, NatsUser};
 pub use ports::free_port;
 pub use roles::{DaemonSpec, Mesh, MeshSpec};

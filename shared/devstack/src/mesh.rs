@@ -3,6 +3,7 @@
 //!
 //! A role writes its bound addresses to a file once it listens; it is ready when its admin listener says so.
 
+use reliant_types::boxed;
 use std::{
     ffi::OsString,
     net::SocketAddr,
@@ -72,6 +73,7 @@ pub struct RoleProcess {
 
 impl RoleProcess {
     /// Starts it and waits until it is ready.
+    #[boxed]
     pub async fn start(spec: RoleSpec, patience: Duration) -> Result<Self, StackError> {
         Self::launch(spec, patience, false).await
     }
@@ -114,6 +116,7 @@ impl RoleProcess {
     }
 
     /// Starts the same process again, on the same addresses, after it ended.
+    #[boxed]
     pub async fn restart(&mut self, patience: Duration) -> Result<(), StackError> {
         self.process.kill_now();
         let mut spec = self.spec.clone();
@@ -195,12 +198,14 @@ impl RoleProcess {
     }
 
     /// Lets it drain, at most so long.
+    #[boxed]
     pub async fn stop(&mut self, patience: Duration) {
         self.process.stop(Signal::TERM, patience).await;
     }
 }
 
 /// Whether `/ready` answers 200.
+#[boxed]
 pub async fn is_ready(admin: SocketAddr) -> bool {
     timeout(Duration::from_secs(3), http_get(admin, "/ready"))
         .await
@@ -208,6 +213,7 @@ pub async fn is_ready(admin: SocketAddr) -> bool {
 }
 
 /// A plain HTTP/1.1 GET of an admin page: status and body.
+#[boxed]
 pub async fn http_get(address: SocketAddr, path: &str) -> std::io::Result<(u16, String)> {
     const ANSWER_MAX_BYTES: u64 = 4 * 1024 * 1024;
     let mut stream = TcpStream::connect(address).await?;
@@ -222,15 +228,6 @@ pub async fn http_get(address: SocketAddr, path: &str) -> std::io::Result<(u16, 
         Some(status) => Ok((status, body.to_owned())),
         None => Err(std::io::Error::other("the answer is not HTTP")),
     }
-}
-
-/// CPU time a process has used so far, in milliseconds; 0 once it is gone.
-pub fn cpu_ms(pid: u32) -> f64 {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
-    let ticks = |index: usize| fields.get(index).and_then(|field| field.parse::<f64>().ok()).unwrap_or(0.0);
-    // utime and stime are fields 14 and 15; two came before the cut. Linux reports them at 100 per second.
-    (ticks(11) + ticks(12)) * 10.0
 }
 
 /// Resident memory of a process, in KiB; 0 once it is gone.

@@ -1,5 +1,6 @@
 //! A private Postgres: one cluster per data directory, one superuser with a random password, TCP on 127.0.0.1 only.
 
+use reliant_types::boxed;
 use std::{
     ffi::OsString,
     fs,
@@ -34,6 +35,7 @@ pub(crate) struct Cluster {
 
 impl Cluster {
     /// Finds the programs; makes the cluster where there is none.
+    #[boxed]
     pub async fn prepare(
         tools: &Tools,
         data_dir: &Path,
@@ -219,6 +221,7 @@ impl Cluster {
     }
 
     /// Runs SQL with psql and gives its unadorned output.
+    #[boxed]
     pub async fn sql(&self, port: u16, password: &str, database: &str, sql: &str) -> Result<String, StackError> {
         let psql = self.tools.program("psql");
         let psql = if psql.is_file() { psql } else { "psql".into() };

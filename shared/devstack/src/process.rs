@@ -1,5 +1,6 @@
 //! One server process: its pid, its log, its end. Zombies count as dead.
 
+use reliant_types::boxed;
 use std::{
     collections::VecDeque,
     ffi::OsString,
@@ -104,6 +105,7 @@ impl Process {
     }
 
     /// For a program that does one thing and ends.
+    #[boxed]
     pub async fn until_success(&mut self, deadline: Instant) -> Result<(), StackError> {
         let begun = Instant::now();
         while self.is_alive() {
@@ -130,6 +132,7 @@ impl Process {
     }
 
     /// Asks it to end, waits, then forces it.
+    #[boxed]
     pub async fn stop(&mut self, signal: Signal, patience: Duration) {
         if !self.is_alive() {
             return;

@@ -1,5 +1,6 @@
 //! A whole mesh of role processes over given servers: what `reliant up`, `reliant demo` and the tests start.
 
+use reliant_types::boxed;
 use std::{
     ffi::OsString,
     fmt::Write as _,
@@ -53,6 +54,7 @@ pub struct Mesh {
 }
 
 impl Mesh {
+    #[boxed]
     pub async fn start(spec: MeshSpec, stack: &Stack) -> Result<Self, StackError> {
         let sim_listen = if spec.usual_ports { usual(7445) } else { "127.0.0.1:0".to_owned() };
         let sim = RoleSpec {
@@ -95,6 +97,7 @@ impl Mesh {
     }
 
     /// Starts a daemon process for the machine's person. Its token goes by a file of its own.
+    #[boxed]
     pub async fn start_daemon(&self, daemon: DaemonSpec) -> Result<RoleProcess, StackError> {
         let mut text = format!(
             "[daemon]\ngateway = {}\ntoken = {}\nstate_dir = {}\nadmin = {}\n",
@@ -129,6 +132,7 @@ impl Mesh {
     }
 
     /// Drains everything: first who takes work in, last who carries it.
+    #[boxed]
     pub async fn stop(&mut self, patience: Duration) {
         for roles in [&mut self.apis, &mut self.workers, &mut self.gateways] {
             futures::future::join_all(roles.iter_mut().map(|role| role.stop(patience))).await;

@@ -1,5 +1,6 @@
 //! The three servers as one thing: started together, killed, paused and restarted one by one.
 
+use reliant_types::boxed;
 use std::{
     mem,
     path::{self, Path, PathBuf},
@@ -67,6 +68,7 @@ impl std::fmt::Debug for Stack {
 
 impl Stack {
     /// Starts what is private, all at once, and returns when every one of them answers.
+    #[boxed]
     pub async fn start(mut config: StackConfig) -> Result<Stack, StackError> {
         // The servers run in another working directory.
         config.data_dir = path::absolute(&config.data_dir).map_err(StackError::io("find", &config.data_dir))?;
@@ -165,6 +167,7 @@ impl Stack {
     }
 
     /// Asks it to end, as an operator would. It stays away until [`Stack::restart`].
+    #[boxed]
     pub async fn stop_one(&self, server: Server) -> Result<(), StackError> {
         match self.take(server) {
             Some(mut process) => {
@@ -176,6 +179,7 @@ impl Stack {
     }
 
     /// Starts it again on the same port with the same data, killing it first where it still runs.
+    #[boxed]
     pub async fn restart(&self, server: Server) -> Result<(), StackError> {
         // Killed by its drop.
         drop(self.take(server));
@@ -202,6 +206,7 @@ impl Stack {
     }
 
     /// Ends all private servers well, who uses another's data first, and frees the data directory.
+    #[boxed]
     pub async fn stop(self) {
         for server in Server::ALL {
             if let Some(mut process) = self.take(server) {
@@ -221,6 +226,7 @@ impl Stack {
     }
 
     /// An empty database on the private Postgres.
+    #[boxed]
     pub async fn create_database(&self, name: &str) -> Result<String, StackError> {
         postgres::check_name(name)?;
         self.sql("postgres", &format!("CREATE DATABASE {name}")).await?;
@@ -228,6 +234,7 @@ impl Stack {
     }
 
     /// A copy of `template`, to which nobody may be connected.
+    #[boxed]
     pub async fn database_from_template(&self, template: &str, name: &str) -> Result<String, StackError> {
         postgres::check_name(template)?;
         postgres::check_name(name)?;
@@ -236,12 +243,14 @@ impl Stack {
     }
 
     /// Also ends the connections to it.
+    #[boxed]
     pub async fn drop_database(&self, name: &str) -> Result<(), StackError> {
         postgres::check_name(name)?;
         self.sql("postgres", &format!("DROP DATABASE IF EXISTS {name} WITH (FORCE)")).await.map(drop)
     }
 
     /// One statement by psql on the private Postgres, answered with its unadorned output.
+    #[boxed]
     pub async fn sql(&self, database: &str, sql: &str) -> Result<String, StackError> {
         let slot = self.postgres.as_ref().ok_or(StackError::NotOurs { server: Server::Postgres })?;
         slot.spec.0.sql(slot.spec.1, &self.secrets.postgres, database, sql).await

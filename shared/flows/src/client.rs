@@ -3,7 +3,7 @@
 use std::{collections::HashMap, str::FromStr, sync::Arc, time::Duration};
 
 use reliant_telemetry::{ClientCall, TraceContext, chain, names::span};
-use reliant_types::{ChatId, Code, Failure};
+use reliant_types::{ChatId, Code, Failure, boxed};
 use temporalio_client::{
     Client, ClientKeepAliveOptions, ClientOptions, Connection, ConnectionOptions, GrpcCompression, RetryOptions,
     TlsOptions, Url, WorkflowStartOptions, errors::WorkflowStartError,
@@ -64,6 +64,7 @@ struct Inner {
 
 impl Flows {
     /// Checks the configuration, and connects in the background for as long as it takes.
+    #[boxed]
     pub async fn connect(config: &FlowsConfig) -> Result<Self, FlowsError> {
         connection_options(config, "reliant")?;
         let (sender, mut client) = watch::channel(None);
@@ -86,6 +87,7 @@ impl Flows {
     }
 
     /// Starts or signals the chat's workflow. Carries no state: a lost wake delays, it loses nothing.
+    #[boxed]
     pub async fn wake(&self, chat: ChatId, traceparent: &str) -> Result<(), FlowsError> {
         let client = self.client()?;
         let config = &self.inner.config;
@@ -121,6 +123,7 @@ impl Flows {
     }
 
     /// Whether Temporal answers for our namespace.
+    #[boxed]
     pub async fn ping(&self) -> Result<(), FlowsError> {
         let client = self.client()?;
         let limit = self.inner.config.rpc_timeout.min(Duration::from_secs(2));

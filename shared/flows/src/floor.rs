@@ -1,6 +1,7 @@
 //! The floor under every turn: signal-with-start and three empty activities, one after another, on the same Temporal.
 //! Its worker, its task queue and its workflow type are its own.
 
+use reliant_types::boxed;
 use std::{
     sync::Arc,
     time::{Duration, Instant},
@@ -59,6 +60,7 @@ impl FloorWorkflow {
 }
 
 /// Measures `n` runs, one after another, from the signal-with-start to the result at the client.
+#[boxed]
 pub async fn run_floor(config: &FlowsConfig, n: usize) -> Result<Vec<Duration>, FlowsError> {
     let task_queue = format!("{}-floor-{}", config.task_queue, uuid::Uuid::now_v7().simple());
     let stop = CancellationToken::new();

@@ -1,5 +1,6 @@
 //! The worker: polls Temporal for workflow tasks and model calls until it is told to drain.
 
+use reliant_types::boxed;
 use std::{sync::Arc, time::Duration};
 
 use reliant_telemetry::chain;
@@ -34,6 +35,7 @@ const RESTART_MAX: Duration = Duration::from_secs(5);
 
 /// Polls until `drain` is cancelled and what runs has ended, or was stopped at the drain's limit. A worker that broke
 /// (the namespace is gone, the server was replaced) is set up again.
+#[boxed]
 pub async fn run_worker(
     config: FlowsConfig,
     driver: Arc<dyn Driver>,

@@ -9,7 +9,7 @@ use std::{
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
 use reliant_telemetry::{TraceContext, hop_span};
-use reliant_types::{Code, Failure, pb};
+use reliant_types::{Code, Failure, boxed, pb};
 use reqwest::{
     Client, Response, StatusCode, Url,
     header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RETRY_AFTER},
@@ -123,6 +123,7 @@ impl Models {
     }
 
     /// One attempt. Errors before the first byte are returned here, later ones by the stream.
+    #[boxed]
     pub async fn stream(&self, request: ModelRequest) -> Result<ModelStream, ModelError> {
         let prepared = self.prepare(&request)?;
         drop(request);

@@ -1,5 +1,6 @@
 //! Client channels that notice a dead peer in under ten seconds and never wait for ever to connect.
 
+use reliant_types::boxed;
 use std::time::Duration;
 use tonic::transport::{Channel, Endpoint};
 
@@ -37,6 +38,7 @@ impl From<RpcError> for reliant_types::Failure {
 }
 
 /// Connects now.
+#[boxed]
 pub async fn channel(address: &str) -> Result<Channel, RpcError> {
     endpoint(address)?.connect().await.map_err(|source| RpcError::Connect { address: address.to_owned(), source })
 }

@@ -2,6 +2,7 @@
 //!
 //! It carries no secrets and no data of users, and is not for the public network.
 
+use reliant_types::boxed;
 use std::{collections::BTreeMap, future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
@@ -64,6 +65,7 @@ pub struct AdminServer {
 
 impl AdminServer {
     /// Port 0 takes a free one.
+    #[boxed]
     pub async fn bind(addr: SocketAddr, checks: Vec<Box<dyn Check>>) -> io::Result<Self> {
         let listener = TcpListener::bind(addr).await?;
         let addr = listener.local_addr()?;
@@ -82,6 +84,7 @@ impl AdminServer {
 
     /// Serves until it is cancelled: spawn it as [`crate::TaskKind::Upkeep`], so that while draining `/health` stays good
     /// and `/ready` does not.
+    #[boxed]
     pub async fn serve(self, drain: Drain) -> io::Result<()> {
         let pages = router(self.checks, drain).merge(self.extra);
         tokio::select! {

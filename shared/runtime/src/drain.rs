@@ -2,6 +2,7 @@
 //!
 //! Every task of a role is spawned here with its [`TaskKind`], so that nothing outlives the drain unseen.
 
+use reliant_types::boxed;
 use std::{
     future::Future,
     panic::AssertUnwindSafe,
@@ -9,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use futures::FutureExt as _;
+use futures::{FutureExt as _, future::BoxFuture};
 use reliant_telemetry::metrics::{PANICS, TASK_FAILURES};
 use tokio::task::JoinHandle;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -79,6 +80,7 @@ impl Drain {
     }
 
     /// Returns when the drain begins.
+    #[boxed]
     pub async fn draining(&self) {
         self.0.begun.cancelled().await;
     }
@@ -90,6 +92,11 @@ impl Drain {
         F: Future + Send + 'static,
         F::Output: TaskOutput,
     {
+        self.spawn_boxed(kind, Box::pin(future.map(TaskOutput::into_error)))
+    }
+
+    /// [`Self::spawn`] without its types, so that it is compiled once.
+    fn spawn_boxed(&self, kind: TaskKind, future: BoxFuture<'static, Option<String>>) -> JoinHandle<()> {
         let drain = self.clone();
         let stop = match kind.on_drain() {
             OnDrain::Finish => self.0.forced.clone(),
@@ -103,7 +110,7 @@ impl Drain {
                 () = stop.cancelled() => return,
             };
             let error = match outcome {
-                Ok(output) => output.into_error(),
+                Ok(error) => error,
                 Err(panic) => {
                     PANICS.inc();
                     Some(format!("panicked: {}", panic_text(panic.as_ref())))
@@ -157,6 +164,7 @@ impl Drain {
 
     /// Waits for the drain to begin, then for the work, at most `deadline` from then on; what is left is cut. Returns
     /// when no task of this drain runs any more, or two seconds after they were told to stop.
+    #[boxed]
     pub async fn wait(&self, deadline: Duration) -> Drained {
         self.draining().await;
         self.0.work.close();

@@ -9,7 +9,9 @@ pub mod drain;
 pub mod retry;
 pub mod tasks;
 
-use std::{future::Future, net::SocketAddr};
+use std::net::SocketAddr;
+
+use futures::future::BoxFuture;
 
 pub use admin::{AdminServer, Check, check_fn};
 pub use config::{AdminConfig, ConfigError, ListenConfig, Sources};
@@ -34,5 +36,5 @@ pub trait Role: Send + Sized {
     fn admin_addr(&self) -> Option<SocketAddr>;
 
     /// Serves until `drain` begins and the role's work is handed over or done.
-    fn run(self, drain: Drain) -> impl Future<Output = Result<(), Self::Error>> + Send;
+    fn run(self, drain: Drain) -> BoxFuture<'static, Result<(), Self::Error>>;
 }

@@ -1,7 +1,7 @@
 //! What people let through. The first decision stands.
 
 use reliant_types::{
-    ApprovalId, ChatId, Code, Failure, ToolCallId, UserId, limits,
+    ApprovalId, ChatId, Code, Failure, ToolCallId, UserId, boxed, limits,
     pb::{self, chat_event::Kind},
 };
 
@@ -17,6 +17,7 @@ const DENIED: &str = "The user denied this call. Do not try it again without ask
 
 impl Store {
     /// Newest first, older than `before`; and whether there are more.
+    #[boxed]
     pub async fn list_approvals(
         &self,
         user: UserId,
@@ -77,6 +78,7 @@ impl Store {
 
     /// A later decision is answered with the first. Approving for the session also lets the chat's other waiting calls of
     /// that tool through.
+    #[boxed]
     pub async fn decide_approval(
         &self,
         user: UserId,

@@ -8,7 +8,7 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use reliant_telemetry::TraceContext;
 use reliant_types::{
-    ApprovalId, ChatId, DaemonId, Failure, InstanceId, MessageId, ToolCallId, TurnId, UserId,
+    ApprovalId, ChatId, DaemonId, Failure, InstanceId, MessageId, ToolCallId, TurnId, UserId, boxed,
     pb::{self, chat_event::Kind, content_block::Block},
 };
 use uuid::Uuid;
@@ -25,6 +25,7 @@ use crate::{
 impl Store {
     /// Takes the round: later writes of earlier attempts are void. Starts a queued turn, and its clock.
     /// `trace`: the attempt's own trace context, to which a later attempt links.
+    #[boxed]
     pub async fn claim_attempt(
         &self,
         turn: TurnId,
@@ -164,6 +165,7 @@ impl Store {
     }
 
     /// Stores the model's message with the calls it asks for, or without any ends the turn.
+    #[boxed]
     pub async fn commit_message(&self, new: NewAssistant) -> Result<Committed<CommitOutcome>> {
         check(&new)?;
         self.run("commit_message", async || self.commit_message_once(&new).await).await
@@ -226,6 +228,7 @@ impl Store {
     }
 
     /// A notice of the platform in this turn. What was said before, as `notice` says it, is not said again.
+    #[boxed]
     pub async fn add_notice(&self, turn: TurnId, fence: i64, notice: Notice, text: &str) -> Result<Committed<()>> {
         self.run("add_notice", async || {
             let mut tx = ChatTx::open(self, Key::Turn(turn)).await?.ok_or(StoreError::not_found("turn"))?;
@@ -261,6 +264,7 @@ impl Store {
 
     /// Ends the turn with an error; with a fence, only on behalf of the newest attempt. False: it had ended, or is
     /// another's.
+    #[boxed]
     pub async fn fail_turn(&self, turn: TurnId, fence: Option<i64>, failure: &Failure) -> Result<Committed<bool>> {
         self.run("fail_turn", async || {
             let mut tx = ChatTx::open(self, Key::Turn(turn)).await?.ok_or(StoreError::not_found("turn"))?;
@@ -276,6 +280,7 @@ impl Store {
 
     /// The attempt stops without a message, as its model cannot answer now: the round is nobody's until `delay` has passed.
     /// False: the turn has ended, or is another's.
+    #[boxed]
     pub async fn retry_later(
         &self,
         turn: TurnId,
@@ -306,6 +311,7 @@ impl Store {
     }
 
     /// The attempt stops without a message; another one may take the round at once.
+    #[boxed]
     pub async fn release_attempt(&self, turn: TurnId, fence: i64) -> Result<Committed<()>> {
         self.run("release_attempt", async || {
             let mut tx = ChatTx::open(self, Key::Turn(turn)).await?.ok_or(StoreError::not_found("turn"))?;

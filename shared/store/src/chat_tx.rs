@@ -5,7 +5,7 @@
 use chrono::{DateTime, Utc};
 use prost::Message as _;
 use reliant_types::{
-    ApprovalId, ChatId, MessageId, ToolCallId, TurnId, UserId,
+    ApprovalId, ChatId, MessageId, ToolCallId, TurnId, UserId, boxed,
     pb::{self, chat_event::Kind, content_block::Block, feed_event::Kind as FeedKind},
     timestamp,
 };
@@ -97,6 +97,7 @@ enum Hold {
 
 impl ChatTx {
     /// Waits for its turn on the chat's row. None: there is no such chat.
+    #[boxed]
     pub async fn open(store: &Store, key: Key) -> Result<Option<Self>> {
         let mut tx = store.begin().await?;
         let chat = match key {
@@ -121,6 +122,7 @@ impl ChatTx {
     }
 
     /// On behalf of a person, who must own the chat. `entity` is what that person asked for.
+    #[boxed]
     pub async fn open_owned(store: &Store, user: UserId, key: Key, entity: &'static str) -> Result<Self> {
         match Self::open(store, key).await? {
             Some(tx) if tx.chat.user_id == user.0 => Ok(tx),
@@ -244,7 +246,12 @@ impl ChatTx {
     }
 
     /// Writes what was gathered and commits.
-    pub async fn commit<T>(mut self, value: T) -> Result<Committed<T>> {
+    pub async fn commit<T>(self, value: T) -> Result<Committed<T>> {
+        Ok(self.write().await?.map(|()| value))
+    }
+
+    #[boxed]
+    async fn write(mut self) -> Result<Committed<()>> {
         let (user, chat) = (self.chat.user(), self.chat.chat());
         let mut events: Vec<pb::ChatEvent> = (self.chat.last_seq + 1..)
             .zip(self.events)
@@ -346,7 +353,7 @@ impl ChatTx {
         }
         self.tx.commit().await?;
         let wake = self.wake.map(|traceparent| Wake { chat, user, traceparent });
-        Ok(Committed { value, user, events, feed, wake })
+        Ok(Committed { value: (), user, events, feed, wake })
     }
 }
 

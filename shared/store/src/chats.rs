@@ -1,7 +1,7 @@
 //! Chats: made, listed, renamed, archived, configured.
 
 use chrono::{DateTime, Utc};
-use reliant_types::{ChatId, DaemonId, Failure, UserId, limits, pb};
+use reliant_types::{ChatId, DaemonId, Failure, UserId, boxed, limits, pb};
 use uuid::Uuid;
 
 use crate::{
@@ -16,6 +16,7 @@ const REQUEST_INDEX: &str = "chats_request";
 
 impl Store {
     /// The same client request id of the same user is one chat, which later requests get as it is by then.
+    #[boxed]
     pub async fn create_chat(&self, new: &NewChat) -> Result<Committed<pb::Chat>> {
         let title = if new.title.trim().is_empty() { UNTITLED } else { new.title.as_str() };
         checks::name("title", title, limits::TITLE_MAX_CHARS)?;
@@ -115,6 +116,7 @@ impl Store {
     }
 
     /// Newest change first, with the token of the next page.
+    #[boxed]
     pub async fn list_chats(&self, user: UserId, page: &ChatPage) -> Result<(Vec<pb::Chat>, String)> {
         let size = checks::page_size(page.size, 50, 200)?;
         let after = page_after(&page.token)?;
@@ -144,6 +146,7 @@ impl Store {
         .await
     }
 
+    #[boxed]
     pub async fn get_chat(&self, user: UserId, chat: ChatId) -> Result<pb::Chat> {
         self.run("get_chat", async || {
             let row = sqlx::query_as!(
@@ -162,6 +165,7 @@ impl Store {
         .await
     }
 
+    #[boxed]
     pub async fn rename_chat(&self, user: UserId, chat: ChatId, title: &str) -> Result<Committed<pb::Chat>> {
         checks::name("title", title, limits::TITLE_MAX_CHARS)?;
         self.run("rename_chat", async || self.change_chat(user, chat, |row| title.clone_into(&mut row.title)).await)
@@ -169,6 +173,7 @@ impl Store {
     }
 
     /// An archived chat keeps its history, finishes what runs, and refuses new messages.
+    #[boxed]
     pub async fn archive_chat(&self, user: UserId, chat: ChatId, archived: bool) -> Result<Committed<pb::Chat>> {
         self.run("archive_chat", async || {
             self.change_chat(user, chat, |row| row.archived_at = archived.then(|| row.archived_at.unwrap_or(row.now)))
@@ -178,6 +183,7 @@ impl Store {
     }
 
     /// From the next turn on. None leaves a setting as it is.
+    #[boxed]
     pub async fn configure_chat(
         &self,
         user: UserId,
@@ -232,6 +238,7 @@ impl Store {
     }
 
     /// Who runs the chat's tools, from the next call on. A call that waits for a daemon goes to the new one.
+    #[boxed]
     pub async fn select_daemon(
         &self,
         user: UserId,
@@ -270,6 +277,7 @@ impl Store {
     }
 
     /// Whether the chat is the user's.
+    #[boxed]
     pub async fn chat_access(&self, user: UserId, chat: ChatId) -> Result<()> {
         self.run("chat_access", async || {
             sqlx::query_scalar!("SELECT id FROM chats WHERE id = $1 AND user_id = $2", chat.0, user.0)

@@ -5,7 +5,7 @@
 
 use prost::Message as _;
 use reliant_types::{
-    ChatId, Code, DaemonId, Failure, InstanceId, UserId, limits,
+    ChatId, Code, DaemonId, Failure, InstanceId, UserId, boxed, limits,
     pb::{self, feed_event::Kind as FeedKind},
     timestamp,
 };
@@ -36,6 +36,7 @@ fn listed(mut declared: pb::Declarations) -> pb::Declarations {
 
 impl Store {
     /// A daemon's identity and its token. `replace`: a daemon of that name gets a new token, and its old ones are void.
+    #[boxed]
     pub async fn register_daemon(&self, user: UserId, name: &str, replace: bool) -> Result<(DaemonId, String)> {
         checks::name("name", name, 100)?;
         self.run("register_daemon", async || {
@@ -86,6 +87,7 @@ impl Store {
     }
 
     /// By name. A model reads a daemon's schemas; people get what fits one answer.
+    #[boxed]
     pub async fn list_daemons(&self, user: UserId, include_revoked: bool) -> Result<Vec<pb::Daemon>> {
         self.run("list_daemons", async || {
             let rows = sqlx::query!(
@@ -127,6 +129,7 @@ impl Store {
     }
 
     /// Voids the daemon's tokens and ends its lease. Revoking twice changes nothing.
+    #[boxed]
     pub async fn revoke_daemon(&self, user: UserId, daemon: DaemonId) -> Result<Committed<()>> {
         self.run("revoke_daemon", async || {
             let mut tx = self.begin().await?;
@@ -165,6 +168,7 @@ impl Store {
 
     /// Gives the daemon's stream its lease. An instance replaces its own older streams and all older instances; an older
     /// instance gets [`StoreError::DaemonReplaced`].
+    #[boxed]
     pub async fn connect_daemon(&self, hello: DaemonHello) -> Result<Committed<Lease>> {
         for (field, text) in [("hostname", &hello.hostname), ("os", &hello.os), ("version", &hello.version)] {
             checks::no_nul(field, text)?;
@@ -225,6 +229,7 @@ impl Store {
     }
 
     /// Tools or roots changed. False: a newer instance has the daemon.
+    #[boxed]
     pub async fn update_declarations(
         &self,
         daemon: DaemonId,
@@ -251,6 +256,7 @@ impl Store {
 
     /// One renewal for all of a gateway's daemons (id, instance, lease epoch). A lease that had run out meanwhile, and that
     /// nobody else took, is good again: then its daemon has come back, and is said to have.
+    #[boxed]
     pub async fn renew_leases(&self, gateway: InstanceId, leases: &[(DaemonId, i64, i64)]) -> Result<Renewed> {
         let daemons: Vec<Uuid> = leases.iter().map(|lease| lease.0.0).collect();
         let instances: Vec<i64> = leases.iter().map(|lease| lease.1).collect();
@@ -293,6 +299,7 @@ impl Store {
     }
 
     /// Gives a lease back. False: another stream has the daemon by now.
+    #[boxed]
     pub async fn release_lease(&self, daemon: DaemonId, gateway: InstanceId, epoch: i64) -> Result<Committed<bool>> {
         self.run("release_lease", async || {
             let mut tx = self.begin().await?;
@@ -322,6 +329,7 @@ impl Store {
     }
 
     /// Tells the feeds of daemons whose lease ran out without being given back (their gateway died).
+    #[boxed]
     pub async fn expired_leases(&self, limit: i64) -> Result<Vec<Committed<DaemonId>>> {
         self.run("expired_leases", async || {
             let expired = sqlx::query!(
@@ -354,6 +362,7 @@ impl Store {
     }
 
     /// The daemon is connected again: its chats with open calls have something to do.
+    #[boxed]
     pub async fn daemon_back(&self, daemon: DaemonId) -> Result<Vec<Committed<()>>> {
         self.run("daemon_back", async || {
             let rows = sqlx::query!(

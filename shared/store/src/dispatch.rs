@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 use reliant_telemetry::TraceContext;
 use reliant_types::{
-    ChatId, Code, DaemonId, Failure, ToolCallId, TurnId, UserId,
+    ChatId, Code, DaemonId, Failure, ToolCallId, TurnId, UserId, boxed,
     pb::{self, chat_event::Kind},
 };
 use uuid::Uuid;
@@ -27,6 +27,7 @@ impl Store {
     /// chat's row, one behind the other. A call that is not to be sent now (it ended, waits for a person, or its daemon is
     /// away or without room) has no order, and the turn's next step says what is. `traces`: the contexts with which the
     /// calls leave, in the order of `calls`; a later dispatch links to them.
+    #[boxed]
     pub async fn prepare_dispatches(
         &self,
         chat: ChatId,
@@ -43,6 +44,7 @@ impl Store {
 
     /// The daemon answered. STARTED and ATTACHED mark the call as running; TOMBSTONE ends it, and so does REFUSED
     /// unless the daemon has no room, or another journal.
+    #[boxed]
     pub async fn dispatch_replied(
         &self,
         call: ToolCallId,
@@ -76,6 +78,7 @@ impl Store {
     }
 
     /// The daemon answered a cancel. A call that it had never seen has a tombstone there now, and will not run.
+    #[boxed]
     pub async fn cancel_replied(
         &self,
         call: ToolCallId,
@@ -107,6 +110,7 @@ impl Store {
 
     /// The dispatch of this generation reached nobody, for sure. A call that was never sent before waits for its daemon;
     /// the lease that promised the daemon is not believed until it is renewed.
+    #[boxed]
     pub async fn daemon_away(&self, call: ToolCallId, generation: i64) -> Result<Committed<()>> {
         self.run("daemon_away", async || {
             let mut tx = ChatTx::open(self, Key::Call(call)).await?.ok_or(StoreError::not_found("tool call"))?;

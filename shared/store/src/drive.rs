@@ -2,7 +2,7 @@
 //! decision brings are written: a call that nobody will run, a turn past its limits, a clock that stops or goes on.
 
 use reliant_types::{
-    ChatId, Code, Failure, ToolCallId, TurnId, UserId, limits,
+    ChatId, Code, Failure, ToolCallId, TurnId, UserId, boxed, limits,
     pb::{self, chat_event::Kind},
 };
 use sqlx::PgExecutor;
@@ -42,6 +42,7 @@ impl Rows {
 
 impl Store {
     /// What the chat's oldest unfinished turn needs now. `wanted` as it was read becomes `seen`.
+    #[boxed]
     pub async fn next_step(&self, chat: ChatId) -> Result<Committed<Step>> {
         self.run("next_step", async || {
             let rows = read(&self.pool, &self.places, chat).await?;

@@ -1,7 +1,7 @@
 //! What viewers read: the logs, and snapshots in their place.
 
 use prost::Message as _;
-use reliant_types::{ChatId, UserId, limits, pb};
+use reliant_types::{ChatId, UserId, boxed, limits, pb};
 use uuid::Uuid;
 
 use crate::{
@@ -13,6 +13,7 @@ use crate::{
 impl Store {
     /// The chat's log after `after`, oldest first, as much as one read may bring; and whether there is more. Whoever calls
     /// it has asked [`Store::chat_access`] before.
+    #[boxed]
     pub async fn events_after(&self, chat: ChatId, after: i64, limit: i64) -> Result<(Vec<pb::ChatEvent>, bool)> {
         self.run("events_after", async || {
             let rows = sqlx::query!(
@@ -42,6 +43,7 @@ impl Store {
         .await
     }
 
+    #[boxed]
     pub async fn feed_after(&self, user: UserId, after: i64, limit: i64) -> Result<Vec<pb::FeedEvent>> {
         self.run("feed_after", async || {
             let rows = sqlx::query!(
@@ -62,6 +64,7 @@ impl Store {
     }
 
     /// Where the logs of many chats end, in one query.
+    #[boxed]
     pub async fn last_seqs(&self, chats: &[ChatId]) -> Result<Vec<(ChatId, i64)>> {
         let ids: Vec<Uuid> = chats.iter().map(|chat| chat.0).collect();
         self.run("last_seqs", async || {
@@ -72,6 +75,7 @@ impl Store {
         .await
     }
 
+    #[boxed]
     pub async fn feed_seqs(&self, users: &[UserId]) -> Result<Vec<(UserId, i64)>> {
         let ids: Vec<Uuid> = users.iter().map(|user| user.0).collect();
         self.run("feed_seqs", async || {
@@ -83,6 +87,7 @@ impl Store {
     }
 
     /// The chat as of one moment.
+    #[boxed]
     pub async fn snapshot(&self, user: UserId, chat: ChatId) -> Result<pb::ChatSnapshot> {
         self.run("snapshot", async || self.snapshot_once(user, chat).await).await
     }

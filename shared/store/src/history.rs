@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use reliant_types::{ChatId, limits, pb};
+use reliant_types::{ChatId, boxed, limits, pb};
 
 use crate::{
     Attempt, Result, Store,
@@ -58,6 +58,7 @@ pub struct Transcript {
 impl Store {
     /// `known`: what was read of this chat before, here or not at all. Given back with what has come since, where that is
     /// worth keeping.
+    #[boxed]
     pub async fn history(&self, attempt: &Attempt, known: Option<Transcript>) -> Result<(History, Option<Transcript>)> {
         let (chat, turn, last) = (attempt.chat, attempt.ordinal, attempt.last_ordinal);
         // One that knows more than Postgres is of a time that Postgres has lost.

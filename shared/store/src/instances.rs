@@ -1,8 +1,10 @@
 //! Running processes, as they say of themselves.
 
 use crate::{Heartbeat, Result, Store};
+use reliant_types::boxed;
 
 impl Store {
+    #[boxed]
     pub async fn heartbeat_instance(&self, beat: &Heartbeat) -> Result<()> {
         self.run("heartbeat_instance", async || {
             sqlx::query!(

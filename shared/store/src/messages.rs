@@ -1,7 +1,7 @@
 //! What people say: stored with the turn it asks for, once per client message id.
 
 use reliant_types::{
-    ChatId, Code, Failure, MessageId, TurnId, UserId, limits,
+    ChatId, Code, Failure, MessageId, TurnId, UserId, boxed, limits,
     pb::{self, chat_event::Kind, content_block::Block},
 };
 use std::time::Duration;
@@ -21,6 +21,7 @@ const QUEUE_RETRY_AFTER: Duration = Duration::from_secs(5);
 impl Store {
     /// Stores the message and its turn, which then runs, whatever dies. The same client message id in the same chat is one
     /// message: the first answer is given again.
+    #[boxed]
     pub async fn send_message(&self, new: &SendMessage) -> Result<Committed<Sent>> {
         checks::message(&new.text, &new.client_message_id)?;
         self.run("send_message", async || match self.send_message_once(new).await {
@@ -166,6 +167,7 @@ impl Store {
     }
 
     /// Oldest first, and whether there are older ones. `before_ordinal` 0: the newest. As many as fit one answer.
+    #[boxed]
     pub async fn list_messages(
         &self,
         user: UserId,

@@ -5,6 +5,7 @@
 //! handshake waits some 800 times for all of them: seconds, in which whoever waits for it is told that the database does
 //! not answer. On a thread of its own it takes what it costs.
 
+use reliant_types::boxed;
 use std::sync::Arc;
 
 use sqlx::PgPool;
@@ -24,6 +25,7 @@ impl Openings {
     }
 
     /// Returns when the pool has a connection to give, or as many as it may have, so that it need not open one.
+    #[boxed]
     pub async fn spare(&self, pool: &PgPool) -> Result<()> {
         if !is_wanting(pool) {
             return Ok(());

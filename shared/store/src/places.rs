@@ -9,7 +9,7 @@
 use std::sync::atomic::{AtomicI64, Ordering};
 
 use reliant_telemetry::metrics;
-use reliant_types::{ChatId, UserId, limits};
+use reliant_types::{ChatId, UserId, boxed, limits};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -95,6 +95,7 @@ pub struct Placed {
 impl Store {
     /// Reads how many places there are, and how many users want some. To be called each second in a process that
     /// accepts or drives turns. Gives the number of held chats.
+    #[boxed]
     pub async fn refresh_places(&self) -> Result<i64> {
         self.run("refresh_places", async || {
             let row = sqlx::query!(
@@ -130,6 +131,7 @@ impl Store {
 
     /// Gives free places to held chats: who has least at work comes first, then who waited longest. Several may look at
     /// once: they choose the same chats, and each chat is placed by one of them.
+    #[boxed]
     pub async fn place_held(&self, after: Option<UserId>, limit: i64) -> Result<Placed> {
         self.run("place_held", async || {
             let rows = sqlx::query!(

@@ -1,7 +1,10 @@
 //! The pool, and how work on it is begun, timed and tried again.
 
+use reliant_types::boxed;
 use std::{future::Future, sync::Arc, time::Duration};
 
+use futures::future::BoxFuture;
+use parking_lot::Mutex;
 use reliant_telemetry::{chain, metrics};
 use serde::{Deserialize, Serialize};
 use sqlx::{
@@ -86,6 +89,7 @@ pub struct Store {
 
 impl Store {
     /// Connects once, so that a wrong address is known at the start.
+    #[boxed]
     pub async fn connect(config: &StoreConfig) -> Result<Self> {
         let options: PgConnectOptions = config.url.parse()?;
         let options = options
@@ -129,10 +133,12 @@ impl Store {
     }
 
     /// Brings the schema up to date. Any number of processes may do so at once: an advisory lock orders them.
+    #[boxed]
     pub async fn migrate(&self) -> Result<()> {
         MIGRATOR.run(&self.pool).await.map_err(StoreError::Migrate)
     }
 
+    #[boxed]
     pub async fn ping(&self) -> Result<()> {
         self.run("ping", async || {
             sqlx::query!("SELECT 1 AS one").fetch_one(&self.pool).await?;
@@ -142,6 +148,7 @@ impl Store {
     }
 
     /// Bumped when a standby is promoted.
+    #[boxed]
     pub async fn log_epoch(&self) -> Result<i64> {
         self.run("log_epoch", async || {
             Ok(sqlx::query_scalar!("SELECT log_epoch FROM log_state").fetch_one(&self.pool).await?)
@@ -149,6 +156,7 @@ impl Store {
         .await
     }
 
+    #[boxed]
     pub async fn close(&self) {
         self.pool.close().await;
     }
@@ -156,9 +164,29 @@ impl Store {
     /// Times `work` and tries it again where transactions stood in each other's way; it must be safe to repeat.
     pub(crate) async fn run<T, W, F>(&self, name: &'static str, mut work: W) -> Result<T>
     where
-        W: FnMut() -> F,
-        F: Future<Output = Result<T>>,
+        T: Send,
+        W: FnMut() -> F + Send,
+        F: Future<Output = Result<T>> + Send,
     {
+        let done = Mutex::new(None);
+        let try_once = || -> BoxFuture<'_, Result<()>> {
+            let work = work();
+            Box::pin(async {
+                let value = work.await?;
+                *done.lock() = Some(value);
+                Ok(())
+            })
+        };
+        self.run_tries(name, Box::new(try_once)).await?;
+        Ok(done.into_inner().expect("a try that succeeded left its value"))
+    }
+
+    /// [`Self::run`] without its types, so that it is compiled once.
+    async fn run_tries<'a>(
+        &'a self,
+        name: &'static str,
+        mut try_once: Box<dyn FnMut() -> BoxFuture<'a, Result<()>> + Send + 'a>,
+    ) -> Result<()> {
         let guard = metrics::guard(&metrics::STORE_DURATION, &[name]);
         self.count_connections();
         let mut tries = 0;
@@ -167,7 +195,7 @@ impl Store {
             let span = span(name);
             let work = async {
                 self.openings.spare(&self.pool).await?;
-                work().await
+                try_once().await
             };
             let limited = tokio::time::timeout(WORK_LIMIT, work.instrument(span.clone()));
             let result = limited.await.unwrap_or_else(|_| Err(too_long()));

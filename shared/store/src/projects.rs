@@ -1,10 +1,11 @@
 //! Projects: names under which a person keeps chats.
 
-use reliant_types::{Code, Failure, ProjectId, UserId, pb, timestamp};
+use reliant_types::{Code, Failure, ProjectId, UserId, boxed, pb, timestamp};
 
 use crate::{Result, Store, StoreError, checks};
 
 impl Store {
+    #[boxed]
     pub async fn create_project(&self, user: UserId, name: &str) -> Result<pb::Project> {
         checks::name("name", name, 200)?;
         self.run("create_project", async || {
@@ -28,6 +29,7 @@ impl Store {
         .await
     }
 
+    #[boxed]
     pub async fn list_projects(&self, user: UserId) -> Result<Vec<pb::Project>> {
         self.run("list_projects", async || {
             let rows = sqlx::query!(

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use reliant_types::{ChatId, DaemonId, ToolCallId, UserId};
+use reliant_types::{ChatId, DaemonId, ToolCallId, UserId, boxed};
 
 use crate::{CancelCall, Result, Store, Wake};
 
@@ -18,6 +18,7 @@ const CANCEL_AGAIN_SECS: f64 = 3.0;
 
 impl Store {
     /// Chats with `wanted > seen` for so long that do not wait for a place. Users take turns: one's thousand chats do not delay another's first.
+    #[boxed]
     pub async fn unseen_chats(&self, older_than: Duration, limit: i64) -> Result<Vec<Wake>> {
         self.run("unseen_chats", async || {
             let rows = sqlx::query!(
@@ -52,6 +53,7 @@ impl Store {
 
     /// Chats whose model is to be asked again by now and that nobody has looked at. The wake is wanted by its row from here
     /// on, so that one that is lost is found as any other.
+    #[boxed]
     pub async fn due_retries(&self, late: Duration, limit: i64) -> Result<Vec<Wake>> {
         self.run("due_retries", async || {
             let rows = sqlx::query!(
@@ -79,6 +81,7 @@ impl Store {
     }
 
     /// Chats with an open turn, or with a call that settles behind one, that the relay has not woken for long.
+    #[boxed]
     pub async fn stale_open_turns(&self, limit: i64) -> Result<Vec<Wake>> {
         self.run("stale_open_turns", async || {
             let rows = sqlx::query!(
@@ -115,6 +118,7 @@ impl Store {
     }
 
     /// Cancels that no result has answered, for daemons that are here: to be sent now, and marked as sent.
+    #[boxed]
     pub async fn cancels_to_resend(&self, limit: i64) -> Result<Vec<CancelCall>> {
         self.run("cancels_to_resend", async || {
             let rows = sqlx::query!(

@@ -4,7 +4,7 @@
 //! applied; the same result again is answered as committed.
 
 use reliant_types::{
-    DaemonId, Failure, Incarnation, ToolCallId, UserId, limits,
+    DaemonId, Failure, Incarnation, ToolCallId, UserId, boxed, limits,
     pb::{self, chat_event::Kind},
 };
 
@@ -30,6 +30,7 @@ struct Stored {
 
 impl Store {
     /// `daemon`: who sent it, as the gateway stamped it. A result that no call can have is the caller's mistake.
+    #[boxed]
     pub async fn commit_result(&self, daemon: DaemonId, result: &pb::ToolResult) -> Result<Committed<ResultFate>> {
         let stored = stored(result)?;
         self.run("commit_result", async || {

@@ -1,12 +1,13 @@
 //! Personal access tokens and daemons' tokens. A secret is given out once and stored hashed.
 
 use chrono::{DateTime, Utc};
-use reliant_types::{Code, DaemonId, Failure, TokenId, UserId, pb, timestamp};
+use reliant_types::{Code, DaemonId, Failure, TokenId, UserId, boxed, pb, timestamp};
 
 use crate::{Result, Store, StoreError, TokenRow, checks, pool::Tx, secret};
 
 impl Store {
     /// The token and its secret.
+    #[boxed]
     pub async fn create_token(
         &self,
         user: UserId,
@@ -26,6 +27,7 @@ impl Store {
     }
 
     /// Says what is wrong with a token that is not good.
+    #[boxed]
     pub async fn token_by_secret(&self, secret: &str) -> Result<TokenRow> {
         let hash = secret::hash(secret);
         self.run("token_by_secret", async || {
@@ -64,6 +66,7 @@ impl Store {
     }
 
     /// The user's own tokens, newest first; daemons' tokens belong to their daemons.
+    #[boxed]
     pub async fn list_tokens(&self, user: UserId) -> Result<Vec<pb::Token>> {
         self.run("list_tokens", async || {
             let rows = sqlx::query!(
@@ -89,6 +92,7 @@ impl Store {
     }
 
     /// Revoking twice changes nothing.
+    #[boxed]
     pub async fn revoke_token(&self, user: UserId, token: TokenId) -> Result<()> {
         self.run("revoke_token", async || {
             let revoked = sqlx::query!(
@@ -104,6 +108,7 @@ impl Store {
     }
 
     /// Tokens revoked since then, by the database's clock.
+    #[boxed]
     pub async fn revoked_since(&self, since: DateTime<Utc>) -> Result<Vec<TokenId>> {
         self.run("revoked_since", async || {
             let rows = sqlx::query_scalar!(

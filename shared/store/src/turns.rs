@@ -1,6 +1,6 @@
 //! Turns as their owner sees and ends them.
 
-use reliant_types::{DaemonId, Failure, ToolCallId, TurnId, UserId, limits, pb};
+use reliant_types::{DaemonId, Failure, ToolCallId, TurnId, UserId, boxed, limits, pb};
 
 use crate::{
     CancelCall, CancelOutcome, Committed, Result, Store, StoreError,
@@ -12,11 +12,13 @@ use crate::{
 
 impl Store {
     /// With the first page of its calls.
+    #[boxed]
     pub async fn get_turn(&self, user: UserId, turn: TurnId) -> Result<(pb::Turn, Vec<pb::ToolCall>)> {
         self.get_turn_page(user, turn, 0, "").await.map(|(turn, calls, _)| (turn, calls))
     }
 
     /// The turn and a page of its calls, with the token of the next page.
+    #[boxed]
     pub async fn get_turn_page(
         &self,
         user: UserId,
@@ -69,6 +71,7 @@ impl Store {
 
     /// Ends the turn at once. Calls that were sent settle behind it; the caller tells their daemons. Cancelling an ended
     /// turn changes nothing.
+    #[boxed]
     pub async fn request_cancel(&self, user: UserId, turn: TurnId) -> Result<Committed<CancelOutcome>> {
         self.run("request_cancel", async || {
             let mut tx = ChatTx::open_owned(self, user, Key::Turn(turn), "turn").await?;

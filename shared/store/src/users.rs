@@ -2,12 +2,13 @@
 
 use std::time::Duration;
 
-use reliant_types::{Code, Failure, UserId};
+use reliant_types::{Code, Failure, UserId, boxed};
 
 use crate::{Result, Store, StoreError, UserRow, secret};
 
 impl Store {
     /// The user of a JWT subject, made where there is none. Name and role are brought up to date.
+    #[boxed]
     pub async fn ensure_user(&self, subject: &str, name: &str, role: &str) -> Result<UserRow> {
         if !matches!(role, "member" | "admin") {
             return Err(Failure::field("role", "a role is 'member' or 'admin'").into());
@@ -29,6 +30,7 @@ impl Store {
         .await
     }
 
+    #[boxed]
     pub async fn user_by_subject(&self, subject: &str) -> Result<UserRow> {
         self.run("user_by_subject", async || {
             let row = sqlx::query!("SELECT id, subject, name, role FROM users WHERE subject = $1", subject)
@@ -40,6 +42,7 @@ impl Store {
         .await
     }
 
+    #[boxed]
     pub async fn user(&self, id: UserId) -> Result<UserRow> {
         self.run("user", async || {
             let row = sqlx::query!("SELECT id, subject, name, role FROM users WHERE id = $1", id.0)
@@ -52,6 +55,7 @@ impl Store {
     }
 
     /// A code that signs the user in once. Only its hash is stored.
+    #[boxed]
     pub async fn create_login_code(&self, user: UserId, ttl: Duration) -> Result<String> {
         let code = secret::random();
         let hash = secret::hash(&code);
@@ -75,6 +79,7 @@ impl Store {
     }
 
     /// Uses the code up.
+    #[boxed]
     pub async fn use_login_code(&self, code: &str) -> Result<UserRow> {
         let hash = secret::hash(code);
         self.run("use_login_code", async || {

@@ -5,6 +5,9 @@ pub mod id;
 pub mod limits;
 pub mod secret;
 
+/// Makes an async function return a boxed future. What a crate offers to others carries it: the compiler then generates
+/// the function's code once, in its own crate, and not again in each that awaits it. The price is an allocation a call.
+pub use async_recursion::async_recursion as boxed;
 pub use code::{Code, Failure};
 pub use id::*;
 pub use secret::Secret;

@@ -12,7 +12,7 @@ use reliant_client::{Client, ClientConfig};
 use reliant_devstack::{DaemonSpec, Mesh, MeshSpec, NatsRole, RoleProcess, Server, Stack, StackConfig};
 use reliant_middleware::Jwt;
 use reliant_store::{Store, StoreConfig};
-use reliant_types::{UserId, pb};
+use reliant_types::{UserId, boxed, pb};
 use tempfile::TempDir;
 
 use crate::{
@@ -63,6 +63,7 @@ pub struct Supervised {
 
 impl Supervised {
     /// What the role says of a metric without labels.
+    #[boxed]
     pub async fn metric(&self, name: &str) -> Result<f64> {
         let admin = self.admin.with_context(|| format!("{} has no admin page", self.name))?;
         let (_, page) = reliant_devstack::http_get(admin, "/metrics").await?;
@@ -143,6 +144,7 @@ impl Drop for Claim {
 }
 
 impl Arena {
+    #[boxed]
     pub async fn start(options: ArenaOptions) -> Result<Arc<Self>> {
         init();
         let dir = TempDir::with_prefix("reliant-arena-")?;
@@ -295,6 +297,7 @@ impl Arena {
     }
 
     /// A person, signed in through a balancer of their own over all api replicas.
+    #[boxed]
     pub async fn visitor(&self, name: &str) -> Result<Visitor> {
         let subject = format!("{name}@test");
         let user = self.store.ensure_user(&subject, name, "member").await?.id;
@@ -312,6 +315,7 @@ impl Arena {
     }
 
     /// Registers and starts a daemon that knows all gateways, each by a way of its own.
+    #[boxed]
     pub async fn host(&self, visitor: &Visitor, name: &str) -> Result<Host> {
         let base = self.dir.path().join(format!("daemon-{name}"));
         let (root, state_dir) = (base.join("project"), base.join("state"));
@@ -398,6 +402,7 @@ impl Arena {
     }
 
     /// Stops every daemon, so that its journal can be read.
+    #[boxed]
     pub async fn stop_hosts(&self, patience: Duration) {
         let hosts = self.hosts.lock().clone();
         let stops = hosts.iter().map(|host| async {

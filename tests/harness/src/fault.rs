@@ -1,5 +1,6 @@
 //! Faults: done to a process at once, and undone later.
 
+use reliant_types::boxed;
 use std::{sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
@@ -89,6 +90,7 @@ impl Arena {
 impl Strike {
     /// Waits as long as the fault lasts and undoes it. A role that was asked to end and did not, or ended with an error,
     /// is an error.
+    #[boxed]
     pub async fn heal(mut self) -> Result<()> {
         match (&self.fault, &self.node) {
             (Fault::Kill { back_after } | Fault::LoseJournal { back_after }, Node::Role(role)) => {

@@ -1,6 +1,7 @@
 //! One way between two processes, and the faults that lie on it. Faults of both ends may lie on it at once; the worst
 //! counts.
 
+use reliant_types::boxed;
 use std::{
     collections::HashMap,
     net::SocketAddr,
@@ -49,11 +50,13 @@ pub struct Layer {
 static LAYERS: AtomicU64 = AtomicU64::new(0);
 
 impl Link {
+    #[boxed]
     pub async fn start(from: Peer, to: Peer, target: SocketAddr) -> std::io::Result<Self> {
         Ok(Self { from, to, proxy: Proxy::start(vec![target]).await?, layers: Mutex::default() })
     }
 
     /// A way whose end is told later, by its proxy.
+    #[boxed]
     pub async fn to_nobody(from: Peer, to: Peer) -> std::io::Result<Self> {
         Ok(Self { from, to, proxy: Proxy::start(Vec::new()).await?, layers: Mutex::default() })
     }

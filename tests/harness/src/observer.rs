@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use prost::Message as _;
-use reliant_types::{ChatId, TurnId, pb};
+use reliant_types::{ChatId, TurnId, boxed, pb};
 use sqlx::{
     PgPool, Postgres, Row as _, Transaction,
     postgres::{PgConnectOptions, PgPoolOptions},
@@ -70,6 +70,7 @@ pub struct Hold {
 
 impl Hold {
     /// Lets the row go.
+    #[boxed]
     pub async fn release(self) {
         // The server may have died meanwhile, which releases as well.
         let _ = tokio::time::timeout(LOOK_PATIENCE, self.tx.rollback()).await;
@@ -124,6 +125,7 @@ const CALL_COLUMNS: &str = "id, turn_id, user_id, daemon_id, iteration, index, s
      (extract(epoch FROM ended_at) * 1000)::bigint AS ended_ms";
 
 impl Observer {
+    #[boxed]
     pub async fn connect(url: &str) -> Result<Self> {
         let options: PgConnectOptions = url.parse()?;
         let options = options.application_name("observer").statement_cache_capacity(64);
@@ -133,6 +135,7 @@ impl Observer {
     }
 
     /// The turn now; an error while Postgres is away.
+    #[boxed]
     pub async fn turn(&self, turn: TurnId) -> Result<TurnLook> {
         tokio::time::timeout(LOOK_PATIENCE, self.look(turn)).await.context("Postgres did not answer")?
     }
@@ -171,6 +174,7 @@ impl Observer {
     }
 
     /// The gateway that holds the daemon's stream, as `host:port`.
+    #[boxed]
     pub async fn gateway_of(&self, daemon: &str) -> Result<Option<String>> {
         let query = sqlx::query_scalar(
             "SELECT i.address FROM daemon_leases l JOIN instances i ON i.id = l.gateway_id
@@ -180,6 +184,7 @@ impl Observer {
         Ok(tokio::time::timeout(LOOK_PATIENCE, asked).await.context("Postgres did not answer")??)
     }
 
+    #[boxed]
     pub async fn lease(&self, daemon: &str) -> Result<Option<LeaseLook>> {
         let query = sqlx::query("SELECT instance, epoch FROM daemon_leases WHERE daemon_id = $1::uuid");
         let row = query.bind(daemon.to_owned()).fetch_optional(&self.pool).await?;
@@ -187,6 +192,7 @@ impl Observer {
     }
 
     /// So much time goes by in what is stored of chats, turns, calls and leases: the only thing here that is written.
+    #[boxed]
     pub async fn age(&self, by: Duration) -> Result<()> {
         for statement in [
             "UPDATE daemon_leases SET granted_at = granted_at - $1, expires_at = expires_at - $1",
@@ -202,6 +208,7 @@ impl Observer {
     }
 
     /// [`Observer::age`], and with it all else that waits or works: people's approvals, places, retries and processes.
+    #[boxed]
     pub async fn age_all(&self, by: Duration) -> Result<()> {
         self.age(by).await?;
         for statement in [
@@ -216,6 +223,7 @@ impl Observer {
     }
 
     /// Takes the chat's row, as a writer would, so that the next one waits.
+    #[boxed]
     pub async fn hold_chat(&self, chat: ChatId) -> Result<Hold> {
         let held = async {
             let mut tx = self.pool.begin().await?;
@@ -227,6 +235,7 @@ impl Observer {
     }
 
     /// Local ports, at Postgres' peers, of the transactions that wait for the held row.
+    #[boxed]
     pub async fn waiting_for(&self, hold: &Hold) -> Result<Vec<u16>> {
         let query = sqlx::query_scalar::<_, i32>(
             "SELECT client_port FROM pg_stat_activity
@@ -240,16 +249,19 @@ impl Observer {
     // ---- what is checked when all is over
 
     /// Turns that have not ended.
+    #[boxed]
     pub async fn open_turns(&self) -> Result<Vec<Uuid>> {
         Ok(sqlx::query_scalar("SELECT id FROM turns WHERE ended_at IS NULL").fetch_all(&self.pool).await?)
     }
 
+    #[boxed]
     pub async fn all_calls(&self) -> Result<Vec<CallLook>> {
         let statement = format!("SELECT {CALL_COLUMNS} FROM tool_calls ORDER BY created_at");
         let rows = sqlx::query(sqlx::AssertSqlSafe(statement)).fetch_all(&self.pool).await?;
         rows.iter().map(call).collect()
     }
 
+    #[boxed]
     pub async fn chat_logs(&self) -> Result<Vec<LogLook>> {
         self.logs(
             "SELECT c.id, c.last_seq AS counter, count(e.seq) AS events, COALESCE(min(e.seq), 0) AS first,
@@ -259,6 +271,7 @@ impl Observer {
         .await
     }
 
+    #[boxed]
     pub async fn user_logs(&self) -> Result<Vec<LogLook>> {
         self.logs(
             "SELECT u.id, u.feed_seq AS counter, count(e.seq) AS events, COALESCE(min(e.seq), 0) AS first,
@@ -284,6 +297,7 @@ impl Observer {
     }
 
     /// All events of a chat, in order: each state that its rows have been in.
+    #[boxed]
     pub async fn events(&self, chat: ChatId) -> Result<Vec<pb::ChatEvent>> {
         let query = sqlx::query_scalar::<_, Vec<u8>>("SELECT payload FROM events WHERE chat_id = $1 ORDER BY seq");
         let rows = query.bind(chat.0).fetch_all(&self.pool).await?;
@@ -291,6 +305,7 @@ impl Observer {
     }
 
     /// All messages of a chat with their blocks, as (id, role, client message id, blocks).
+    #[boxed]
     pub async fn messages(&self, chat: ChatId) -> Result<Vec<StoredMessage>> {
         let rows = sqlx::query(
             "SELECT m.id, m.role, m.turn_id, m.client_message_id, b.data
@@ -320,6 +335,7 @@ impl Observer {
     }
 
     /// Status and error of every turn.
+    #[boxed]
     pub async fn turns(&self) -> Result<Vec<(Uuid, String, String)>> {
         let rows = sqlx::query("SELECT id, status, error_code || ' ' || error_message AS error FROM turns");
         let rows = rows.fetch_all(&self.pool).await?;

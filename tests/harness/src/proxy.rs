@@ -3,6 +3,7 @@
 //! A connection that lived through [`Network::Silent`] stays silent for ever, as one whose place in a router's table was
 //! lost: bytes were swallowed, so it could never be right again. Both its ends must find that out by themselves.
 
+use reliant_types::boxed;
 use std::{
     collections::HashMap,
     net::SocketAddr,
@@ -65,6 +66,7 @@ struct Shared {
 
 impl Proxy {
     /// The targets may be set later; until then connections are closed.
+    #[boxed]
     pub async fn start(targets: Vec<SocketAddr>) -> std::io::Result<Self> {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
         let address = listener.local_addr()?;

@@ -14,7 +14,7 @@ use reliant_client::{Client, ClientConfig};
 use reliant_devstack::{DaemonSpec, Mesh, MeshSpec, Placement, RoleProcess, Stack, StackConfig};
 use reliant_middleware::Jwt;
 use reliant_store::{Store, StoreConfig};
-use reliant_types::{UserId, pb};
+use reliant_types::{UserId, boxed, pb};
 use tempfile::TempDir;
 use tokio::sync::OnceCell;
 
@@ -118,6 +118,7 @@ pub struct TestDaemon {
 }
 
 impl Rig {
+    #[boxed]
     pub async fn start(options: RigOptions) -> Result<Self> {
         let servers = servers().await?;
         let number = RIGS.fetch_add(1, Ordering::Relaxed);
@@ -172,6 +173,7 @@ impl Rig {
     }
 
     /// The shared Postgres and Temporal, for their pids and for killing them.
+    #[boxed]
     pub async fn shared_servers() -> Result<&'static Stack> {
         Ok(&servers().await?.stack)
     }
@@ -181,6 +183,7 @@ impl Rig {
     }
 
     /// A new person, signed in at the first api.
+    #[boxed]
     pub async fn person(&self, name: &str) -> Result<Person> {
         let user = self.store.ensure_user(&format!("{name}@test"), name, "member").await?.id;
         let (token, _) = self.jwt.sign(&format!("{name}@test"), TOKEN_TTL)?;
@@ -189,6 +192,7 @@ impl Rig {
     }
 
     /// Lets nobody into this rig's database, or everybody again: Postgres as good as away, for this rig alone.
+    #[boxed]
     pub async fn close_database(&self, closed: bool) -> Result<()> {
         use sqlx::{Connection as _, Executor as _};
         let url = servers().await?.stack.database_url("postgres");
@@ -211,6 +215,7 @@ impl Rig {
     }
 
     /// Registers and starts a daemon of `person`, and waits until it is connected with its tools.
+    #[boxed]
     pub async fn daemon(&self, person: &Person, name: &str, options: DaemonOptions) -> Result<TestDaemon> {
         let base = self.dir.path().join(format!("daemon-{name}"));
         let root = base.join("project");
@@ -243,6 +248,7 @@ impl Rig {
         Ok(daemon)
     }
 
+    #[boxed]
     pub async fn connected(&self, person: &Person, daemon: &str, wanted: bool) -> Result<pb::Daemon> {
         eventually(&format!("daemon with connected = {wanted}"), CONNECT_PATIENCE, || async {
             let list = person.client.list_daemons(pb::ListDaemonsRequest { include_revoked: false }).await?;
@@ -254,6 +260,7 @@ impl Rig {
 
 impl Person {
     /// A chat with this model; the person's only daemon is chosen if there is one.
+    #[boxed]
     pub async fn chat(&self, model: &str, mode: pb::ChatMode) -> Result<pb::Chat> {
         let request = pb::CreateChatRequest {
             title: "test".into(),

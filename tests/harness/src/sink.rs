@@ -1,6 +1,7 @@
 //! Where the spans of a test go: the same receiver as a person's, one for the whole test process. It has a thread and a
 //! runtime of its own, as each test's runtime ends with its test.
 
+use reliant_types::boxed;
 use std::{
     sync::{Mutex, OnceLock, PoisonError},
     time::{Duration, Instant},
@@ -65,6 +66,7 @@ impl Sink {
     }
 
     /// The whole trace: waits until no exporter can still hold a part of it.
+    #[boxed]
     pub async fn trace(&self, id: &str) -> Result<Vec<Span>> {
         let asked = Instant::now();
         eventually(&format!("whole trace {id}"), PATIENCE, || async {

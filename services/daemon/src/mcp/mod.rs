@@ -6,6 +6,7 @@ mod call;
 mod config;
 mod http;
 mod names;
+mod schema;
 mod server;
 mod stdio;
 pub mod trust;
@@ -27,6 +28,8 @@ use tokio::sync::watch;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use call::McpCall;
+#[cfg(test)]
+pub use schema::is_schema;
 use server::{Server, State};
 use trust::TrustStore;
 

@@ -6,6 +6,8 @@ use std::collections::HashMap;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
+use super::schema::is_schema;
+
 const NAME_MAX_CHARS: usize = 64;
 const HASH_CHARS: usize = 8;
 const DESCRIPTION_MAX_CHARS: usize = 4096;
@@ -58,9 +60,7 @@ pub fn schema(given: &Map<String, Value>) -> String {
     let is_object = schema.get("type") == Some(&json!("object"));
     let properties_fit = schema.get("properties").is_none_or(Value::is_object);
     let text = Value::Object(schema);
-    let valid = is_object
-        && properties_fit
-        && (jsonschema::draft202012::meta::is_valid(&text) || jsonschema::draft7::meta::is_valid(&text));
+    let valid = is_object && properties_fit && is_schema(&text);
     let text = text.to_string();
     if valid && text.len() <= SCHEMA_MAX_BYTES { text } else { json!({"type": "object"}).to_string() }
 }
