@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::{cargo, imports, log_fields};
+use crate::{cargo, imports, log_fields, unused};
 
 /// A path in a document that begins with one of these must exist.
 const DOCUMENTED: &[&str] = &[
@@ -32,8 +32,11 @@ const LEFTOVERS: &[&str] =
     &[concat!("FIX", "ME"), concat!("XX", "X:"), concat!("<<<<", "<<< "), concat!(">>>>", ">>> ")];
 
 pub fn run(root: &Path) -> Result<()> {
-    let mut found = imports::breaches(&members(root)?);
+    let members = members(root)?;
     let files = tracked(root)?;
+    let dependencies = members.iter().map(|(name, (_, dependencies))| (name.clone(), dependencies.clone())).collect();
+    let mut found = imports::breaches(&dependencies);
+    found.extend(unused::found(&members, &files, |path| read(root, path).unwrap_or_default()));
     let is_document = |path: &&PathBuf| path.extension().is_some_and(|extension| extension == "md");
     for path in files.iter().filter(is_document) {
         let text = read(root, path)?;
@@ -74,7 +77,7 @@ pub fn run(root: &Path) -> Result<()> {
     }
     if found.is_empty() {
         println!(
-            "checked: import directions, paths in documents, lock files, leftovers, logged errors and ids in {} files",
+            "checked: import directions, unused dependencies, paths in documents, lock files, leftovers, logged errors and ids in {} files",
             files.len()
         );
         return Ok(());
@@ -82,7 +85,8 @@ pub fn run(root: &Path) -> Result<()> {
     bail!("{} rules are broken:\n  {}", found.len(), found.join("\n  "))
 }
 
-fn members(root: &Path) -> Result<BTreeMap<String, Vec<String>>> {
+/// The crates of this workspace: directory below the root, and direct dependencies of any kind.
+fn members(root: &Path) -> Result<BTreeMap<String, (PathBuf, Vec<String>)>> {
     let output = Command::new(cargo())
         .args(["metadata", "--format-version", "1", "--no-deps", "--offline"])
         .current_dir(root)
@@ -97,7 +101,10 @@ fn members(root: &Path) -> Result<BTreeMap<String, Vec<String>>> {
         let mut dependencies = list(&package["dependencies"]).iter().map(name).collect::<Result<Vec<_>>>()?;
         dependencies.sort();
         dependencies.dedup();
-        members.insert(name(&package)?, dependencies);
+        let manifest = package["manifest_path"].as_str().context("a package has no manifest")?;
+        let dir = Path::new(manifest).parent().and_then(|dir| dir.strip_prefix(root).ok());
+        let dir = dir.with_context(|| format!("{manifest} is not below {}", root.display()))?;
+        members.insert(name(&package)?, (dir.to_owned(), dependencies));
     }
     ensure!(!members.is_empty(), "cargo metadata names no package");
     Ok(members)

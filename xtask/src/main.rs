@@ -8,6 +8,7 @@ mod imports;
 mod log_fields;
 mod sqlx;
 mod test;
+mod unused;
 
 use std::{
     path::{Path, PathBuf},
@@ -26,7 +27,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Import directions, paths named in documents, lock files, leftovers.
+    /// Import directions, unused dependencies, paths named in documents, lock files, leftovers.
     Check,
     /// Write .sqlx anew from the queries and the migrations, over a private Postgres.
     Sqlx {
