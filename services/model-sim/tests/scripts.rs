@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use common::{Answer, FORMATS, Sim, go_on, read, request};
 use futures::StreamExt;
-use reliant_models::{ChatMessage, LastInput, ModelEvent, ModelRequest, Part, fit_history, mend_history};
+use reliant_models::{ChatMessage, CountedPrompt, ModelEvent, ModelRequest, Part, fit_history, mend_history};
 use reliant_types::{pb::StopReason, unix_us};
 
 /// Plays a conversation to its last answer; all answers.
@@ -160,9 +160,9 @@ async fn a_long_conversation_is_made_to_fit() {
             let result = Part::ToolResult { provider_id: format!("c{n}"), content, is_error: false };
             request.messages.push(ChatMessage::tool(vec![result]));
             request.messages.push(ChatMessage::user(format!("sim: {{\"rounds\":[{{\"text\":\"answer {n}\"}}]}}")));
-            let last = (n > 5).then_some(LastInput { messages: 3, tokens: 600 });
+            let counted: Vec<_> = (n > 5).then_some(CountedPrompt { messages: 3, tokens: 600 }).into_iter().collect();
             let mut fitted = request.clone();
-            let report = fit_history(&mut fitted, &model, last);
+            let report = fit_history(&mut fitted, &model, &counted);
             assert_eq!(report.shortened(), report.notice().is_some());
             // The simulator counts four bytes a token, and refuses what is longer than the window.
             fitted.model = format!("{format}/default?window=8000");

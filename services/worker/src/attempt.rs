@@ -111,9 +111,9 @@ async fn answer(
     if let Some(transcript) = transcript {
         engine.transcripts.put(attempt.chat, transcript);
     }
-    let (messages, last) = history::to_model(&history.messages, &attempt.model);
+    let (messages, counted) = history::to_model(&history.messages, &attempt.model);
     request.messages = messages;
-    let report = fit_history(&mut request, &model, last);
+    let report = fit_history(&mut request, &model, &counted);
     if report.too_large {
         let failure = Failure::new(
             Code::ProviderRejected,

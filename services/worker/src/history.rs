@@ -3,24 +3,24 @@
 
 use std::sync::Arc;
 
-use reliant_models::{ChatMessage, ChatRole, LastInput, Part};
+use reliant_models::{ChatMessage, ChatRole, CountedPrompt, Part};
 use reliant_types::{
     limits,
     pb::{self, content_block::Block},
 };
 
 /// `model` is the model that will read it: another provider's thinking is left out, its signature would be refused.
-/// With it goes what the provider counted for the newest answer's prompt.
-pub fn to_model(messages: &[Arc<pb::Message>], model: &str) -> (Vec<ChatMessage>, Option<LastInput>) {
+/// With it goes what the provider counted for the prompts of that model's answers.
+pub fn to_model(messages: &[Arc<pb::Message>], model: &str) -> (Vec<ChatMessage>, Vec<CountedPrompt>) {
     let mut out = Vec::with_capacity(messages.len());
-    let mut last = None;
+    let mut counted = Vec::new();
     for message in messages {
         match message.role() {
             pb::Role::User => push(&mut out, ChatRole::User, user_parts(message)),
             pb::Role::Assistant => {
                 let tokens = message.usage.as_ref().map_or(0, |usage| usage.input_tokens);
                 if tokens > 0 && message.model == model {
-                    last = Some(LastInput { messages: out.len(), tokens });
+                    counted.push(CountedPrompt { messages: out.len(), tokens });
                 }
                 let same_provider = provider(&message.model) == provider(model);
                 push(&mut out, ChatRole::Assistant, assistant_parts(message, same_provider));
@@ -29,7 +29,7 @@ pub fn to_model(messages: &[Arc<pb::Message>], model: &str) -> (Vec<ChatMessage>
             pb::Role::Notice | pb::Role::Unspecified => {}
         }
     }
-    (out, last)
+    (out, counted)
 }
 
 fn push(out: &mut Vec<ChatMessage>, role: ChatRole, parts: Vec<Part>) {
@@ -120,11 +120,11 @@ mod tests {
             message(pb::Role::Assistant, vec![]),
             message(pb::Role::User, vec![text("and?")]),
         ];
-        let (mapped, last) = to_model(&messages, "a/x");
+        let (mapped, counted) = to_model(&messages, "a/x");
         let roles: Vec<_> = mapped.iter().map(|message| message.role).collect();
         assert_eq!(roles, [ChatRole::User, ChatRole::Assistant, ChatRole::Tool, ChatRole::User]);
-        assert_eq!(last, Some(LastInput { messages: 1, tokens: 7 }));
-        assert_eq!(to_model(&messages, "a/y").1, None);
+        assert_eq!(counted, [CountedPrompt { messages: 1, tokens: 7 }]);
+        assert_eq!(to_model(&messages, "a/y").1, []);
     }
 
     #[test]

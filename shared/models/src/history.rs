@@ -2,8 +2,9 @@
 //! the copy that the model reads is shortened.
 //!
 //! Promises: every tool call keeps its result and every result its call; the first and the latest message of the person
-//! and the newest tool round stay. What is cut grows in steps of a quarter of the window, so that the prompt's beginning
-//! stays the same over many rounds and the provider's cache keeps working.
+//! and the newest tool round stay. While any older turn is left, the current one is complete: a model that does not see what
+//! it did does it again. What is cut grows in steps of a quarter of the window, so that within a turn each prompt is the
+//! one before it with what has come since, and the provider's cache keeps working.
 
 use reliant_telemetry::metrics::MODEL_SHORTENED;
 
@@ -11,6 +12,9 @@ use crate::{ChatMessage, ChatRole, ModelRequest, Part, ResolvedModel};
 
 /// Tokens are guessed high: source code and JSON have some three bytes per token, prose four.
 const TOKENS_PER_BYTE: f64 = 1.0 / 3.0;
+/// No text has more; a provider that counts more counts something else.
+const TOKENS_PER_BYTE_MAX: f64 = 1.5;
+const TOKENS_PER_BYTE_MIN: f64 = 0.2;
 /// Part of the prompt's room that is left free, since the count is a guess.
 const MARGIN: f64 = 0.05;
 const MESSAGE_BYTES: usize = 16;
@@ -22,10 +26,12 @@ const SHORTEN_MIN_BYTES: usize = 256;
 /// The first message, when nothing else is left to cut.
 const FIRST_MESSAGE_MIN_BYTES: usize = 2048;
 const INPUT_MIN_BYTES: usize = 1024;
+/// The note that stands for messages that were left out, whatever their number.
+const NOTE_MAX_BYTES: usize = PART_BYTES + 96;
 
 /// What the provider counted for the prompt that led to an earlier answer of this chat; it makes the guess better.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct LastInput {
+pub struct CountedPrompt {
     /// So many of the request's messages were in that prompt.
     pub messages: usize,
     pub tokens: i64,
@@ -75,8 +81,9 @@ impl FitReport {
     }
 }
 
-/// Shortens `request.messages` to what `model` takes beside the answer that is asked for. Mends them first.
-pub fn fit_history(request: &mut ModelRequest, model: &ResolvedModel, last: Option<LastInput>) -> FitReport {
+/// Shortens `request.messages` to what `model` takes beside the answer that is asked for. Mends them first. `counted`:
+/// the provider's counts for earlier prompts, oldest first.
+pub fn fit_history(request: &mut ModelRequest, model: &ResolvedModel, counted: &[CountedPrompt]) -> FitReport {
     let mended = mend_history(&mut request.messages);
     let tools: usize = request
         .tools
@@ -85,7 +92,7 @@ pub fn fit_history(request: &mut ModelRequest, model: &ResolvedModel, last: Opti
         .sum();
     let fixed = request.system.len() + tools;
     let room = f64::from(model.prompt_tokens(request.max_output_tokens)) * (1.0 - MARGIN);
-    let tokens_per_byte = rate(&request.messages, fixed, room, last);
+    let tokens_per_byte = rate(&request.messages, fixed, room, counted);
     let report = fit(&mut request.messages, fixed, (room / tokens_per_byte) as usize);
     let tokens = |bytes: u64| (bytes as f64 * tokens_per_byte).ceil() as u64;
     let report = FitReport {
@@ -100,16 +107,21 @@ pub fn fit_history(request: &mut ModelRequest, model: &ResolvedModel, last: Opti
     report
 }
 
-/// The provider's own count is believed only for a prompt that was surely sent whole.
-fn rate(messages: &[ChatMessage], fixed: usize, room: f64, last: Option<LastInput>) -> f64 {
-    let Some(last) = last.filter(|last| last.tokens > 0 && last.messages <= messages.len()) else {
-        return TOKENS_PER_BYTE;
-    };
-    let bytes = (fixed + messages[..last.messages].iter().map(message_bytes).sum::<usize>()) as f64;
-    if bytes < 1024.0 || bytes * TOKENS_PER_BYTE > room {
-        return TOKENS_PER_BYTE;
+/// Tokens per byte: what the provider counted for the newest prompt that was surely sent whole, or more where a later one,
+/// of which some may have been cut, had more. Once a chat is cut this can only grow, and the cut stays where it is.
+fn rate(messages: &[ChatMessage], fixed: usize, room: f64, counted: &[CountedPrompt]) -> f64 {
+    let (mut bytes, mut summed, mut rate) = (fixed, 0, None);
+    for prompt in counted.iter().filter(|prompt| prompt.tokens > 0 && prompt.messages <= messages.len()) {
+        bytes += messages[summed.min(prompt.messages)..prompt.messages].iter().map(message_bytes).sum::<usize>();
+        summed = summed.max(prompt.messages);
+        if bytes < 1024 {
+            continue;
+        }
+        let found = (prompt.tokens as f64 / bytes as f64).clamp(TOKENS_PER_BYTE_MIN, TOKENS_PER_BYTE_MAX);
+        let surely_whole = bytes as f64 * TOKENS_PER_BYTE_MAX <= room;
+        rate = if surely_whole { Some(found) } else { Some(found.max(rate.unwrap_or(TOKENS_PER_BYTE))) };
     }
-    (last.tokens as f64 / bytes).clamp(0.2, 1.5)
+    rate.unwrap_or(TOKENS_PER_BYTE)
 }
 
 /// Gives every call without a result one that says so, and takes out results without a call; says how many. A turn that
@@ -203,8 +215,10 @@ struct Cutter<'a> {
 impl Cutter<'_> {
     fn cut(&mut self, budget: usize, target: usize) {
         self.drop_old_thinking();
-        self.note_old_results(target);
+        self.note_results(0..self.latest_user(), target);
         self.drop_turns(target);
+        // No older turn is left: from here on it is the current one.
+        self.note_results(self.latest_user()..self.newest_round(), target);
         self.drop_rounds(target);
         // From here on the model loses what it works on: no more than must be.
         self.cap_new_results(budget);
@@ -252,8 +266,9 @@ impl Cutter<'_> {
         }
     }
 
-    fn note_old_results(&mut self, target: usize) {
-        for at in 0..self.newest_round() {
+    /// Puts notes in the place of long results, oldest first.
+    fn note_results(&mut self, messages: std::ops::Range<usize>, target: usize) {
+        for at in messages {
             for part in 0..self.messages[at].parts.len() {
                 if self.total <= target {
                     return;
@@ -272,9 +287,14 @@ impl Cutter<'_> {
 
     /// Whole turns, oldest first; of the first one its message stays.
     fn drop_turns(&mut self, target: usize) {
-        let first = self.first_user();
+        if self.total <= target {
+            return;
+        }
+        // The note that stands for what goes counts as well: it must not be what makes the next cut necessary.
+        let target = target.saturating_sub(NOTE_MAX_BYTES);
         let dropped = self.report.dropped_messages;
-        if self.total > target && first > 0 {
+        let first = self.first_user();
+        if first > 0 {
             self.drop_range(0..first);
         }
         let from = 1;
@@ -289,6 +309,10 @@ impl Cutter<'_> {
 
     /// Rounds of the latest turn, oldest first.
     fn drop_rounds(&mut self, target: usize) {
+        if self.total <= target {
+            return;
+        }
+        let target = target.saturating_sub(NOTE_MAX_BYTES);
         let dropped = self.report.dropped_messages;
         let from = self.latest_user() + 1;
         while self.total > target && from < self.newest_round() {

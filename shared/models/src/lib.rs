@@ -23,7 +23,7 @@ pub use client::Models;
 pub use config::{ModelConfig, ModelsConfig, ModelsConfigError, ProviderConfig, ProviderKind};
 pub use error::ModelError;
 pub use event::{BlockKind, ModelEvent};
-pub use history::{FitReport, LastInput, fit_history, mend_history};
+pub use history::{CountedPrompt, FitReport, fit_history, mend_history};
 pub use request::{ChatMessage, ChatRole, ModelRequest, Part, ToolSpec};
 pub use resolved::ResolvedModel;
 pub use retry::{RetryPolicy, tried_again};

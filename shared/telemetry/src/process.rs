@@ -16,8 +16,11 @@ const STATUS_KIB: f64 = 1024.0;
 
 pub struct ProcessCollector {
     cpu: Counter,
-    gauges: Vec<(Gauge, fn(&Reading) -> Option<f64>)>,
+    gauges: Vec<(Gauge, Read)>,
 }
+
+/// A gauge's value, where /proc has it.
+type Read = fn(&Reading) -> Option<f64>;
 
 /// What /proc says of a process at one moment.
 #[derive(Debug, Default)]
@@ -32,7 +35,7 @@ struct Reading {
 impl ProcessCollector {
     pub fn for_self() -> prometheus::Result<Self> {
         let gauge = |name: &str, help: &str| Gauge::with_opts(Opts::new(name, help));
-        let gauges: [(Gauge, fn(&Reading) -> Option<f64>); 6] = [
+        let gauges: [(Gauge, Read); 6] = [
             (gauge("process_start_time_seconds", "Start of the process, in Unix seconds")?, |now| now.start_seconds),
             (gauge("process_open_fds", "Open file descriptors")?, |now| now.open_fds),
             (gauge("process_max_fds", "File descriptors the process may open")?, |now| now.max_fds),

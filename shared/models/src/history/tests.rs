@@ -151,3 +151,98 @@ proptest! {
         }
     }
 }
+
+/// Older turns, then one that grows round by round; each prompt as the model would read it.
+fn grown(
+    older: &[(usize, usize)],
+    rounds: &[usize],
+    budget: usize,
+) -> Vec<(Vec<ChatMessage>, FitReport, Vec<ChatMessage>)> {
+    let round = |id: String, bytes: usize| {
+        [ChatMessage::assistant(vec![call(&id)]), ChatMessage::tool(vec![result(&id, "x".repeat(bytes))])]
+    };
+    let mut messages = Vec::new();
+    for (turn, (question, answer)) in older.iter().enumerate() {
+        messages.push(ChatMessage::user(format!("{turn} {}", "q".repeat(*question))));
+        messages.extend(round(format!("o{turn}"), *answer));
+        messages.push(ChatMessage::assistant(vec![Part::Text("y".repeat(*answer / 2))]));
+    }
+    messages.push(ChatMessage::user("the current question"));
+    let mut prompts = Vec::new();
+    for (number, bytes) in rounds.iter().enumerate() {
+        messages.extend(round(format!("c{number}"), *bytes));
+        let mut fitted = messages.clone();
+        let report = fit(&mut fitted, 0, budget);
+        prompts.push((messages.clone(), report, fitted));
+    }
+    prompts
+}
+
+fn current(messages: &[ChatMessage]) -> &[ChatMessage] {
+    &messages[messages.iter().rposition(|message| message.role == ChatRole::User).unwrap()..]
+}
+
+proptest! {
+    #[test]
+    fn while_an_older_turn_is_left_the_current_one_is_complete(
+        older in prop::collection::vec((0..600usize, 0..2500usize), 0..60),
+        rounds in prop::collection::vec(0..1500usize, 1..30),
+        budget in 4000..80_000usize,
+    ) {
+        let quantum = budget / 4;
+        let mut steps = 0;
+        let prompts = grown(&older, &rounds, budget);
+        for (at, (whole, report, fitted)) in prompts.iter().enumerate() {
+            check_pairs(fitted);
+            prop_assert!(report.too_large || report.tokens_after as usize <= budget);
+            // Beside the current turn only the first message is left, or the current turn is as it was.
+            if current(fitted) != current(whole) {
+                prop_assert!(fitted.len() - current(fitted).len() <= 1, "{report:?}");
+            }
+            // As much is kept as fits within the step: one turn or result more would not.
+            let before = report.tokens_before as usize;
+            if before > budget {
+                let step = (before - budget).div_ceil(quantum) * quantum;
+                let largest = 2500 + 1250 + 600 + 1500 + 8 * (MESSAGE_BYTES + PART_BYTES);
+                prop_assert!(before - report.tokens_after as usize <= step + largest + 2 * NOTE_MAX_BYTES, "{report:?}");
+            }
+            let Some((_, last, prompt)) = at.checked_sub(1).map(|before| &prompts[before]) else { continue };
+            let cut = |report: &FitReport| (report.shortened_results, report.dropped_messages, report.shortened_others);
+            if cut(last) == cut(report) {
+                prop_assert_eq!(&fitted[..prompt.len()], &prompt[..], "it goes on where the last one ended");
+            } else {
+                steps += 1;
+            }
+        }
+        // Cut again only where a whole step has come: the newest results alone may need it more often.
+        let grown: usize = rounds.iter().map(|bytes| bytes + 2 * (MESSAGE_BYTES + PART_BYTES) + 8).sum();
+        if quantum > 4 * 1700 {
+            prop_assert!(steps <= grown / quantum + 2, "{steps} cuts in {grown} bytes with steps of {quantum}");
+        }
+    }
+
+    #[test]
+    fn a_rate_once_cut_only_grows(tokens in prop::collection::vec(1..40_000i64, 1..40), bytes in 100..4000usize) {
+        let messages: Vec<ChatMessage> = (0..40).map(|_| ChatMessage::user("x".repeat(bytes))).collect();
+        let counted: Vec<CountedPrompt> =
+            tokens.iter().enumerate().map(|(at, tokens)| CountedPrompt { messages: at + 1, tokens: *tokens }).collect();
+        let room = 20_000.0;
+        let rates: Vec<f64> = (0..=counted.len()).map(|count| rate(&messages, 0, room, &counted[..count])).collect();
+        let whole = |count: usize| count as f64 * (bytes + MESSAGE_BYTES + PART_BYTES) as f64 * TOKENS_PER_BYTE_MAX <= room;
+        for count in 1..rates.len() {
+            prop_assert!((TOKENS_PER_BYTE_MIN..=TOKENS_PER_BYTE_MAX).contains(&rates[count]));
+            prop_assert!(whole(count) || rates[count] >= rates[count - 1], "{rates:?}");
+        }
+    }
+}
+
+/// Sixty old turns of 1.2 kB and three rounds in the current one, over budgets: the note of what was left out once made
+/// the current turn lose a round, and the model made its call again.
+#[test]
+fn the_note_of_a_cut_costs_no_round() {
+    for budget in (8_000..70_000).step_by(113) {
+        let prompts = grown(&[(100, 700); 60], &[122; 3], budget);
+        let (whole, _, fitted) = prompts.last().unwrap();
+        assert_eq!(current(fitted), current(whole), "budget {budget}");
+    }
+}
