@@ -38,7 +38,7 @@ test-fresh: ## `make demo` and `make up` as on a machine with nothing, Postgres 
 	@python3 tests/fresh/fresh.py
 
 chaos: web tools ## Kill, cut, pause and slow everything for half an hour, in release; nothing may be lost (ARGS="--seed 7"); JSON to $CHAOS_OUT
-	@[ -x $(RELEASE)/reliant-chaos ] || echo "building in release; from nothing this takes about @CHAOS@ minutes on two cores"
+	@[ -x $(RELEASE)/reliant-chaos ] || echo "building in release; from nothing this takes some ten minutes on two cores"
 	@cargo build --release -p reliant-cli -p reliant-chaos
 	@exec $(RELEASE)/reliant-chaos $(ARGS)
 
@@ -51,7 +51,7 @@ test-phoenix: program tools ## Our spans in a trace store that is not ours, foun
 	@$(RELIANT_CACHE)/phoenix/bin/python tests/foreign/phoenix.py $(BIN)/reliant
 
 bench: web tools ## Measure it, in release; JSON to $BENCH_OUT (ARGS=--strict fails where a goal is missed)
-	@[ -x $(RELEASE)/reliant-bench ] || echo "building in release; from nothing this takes about @BENCH@ minutes on two cores"
+	@[ -x $(RELEASE)/reliant-bench ] || echo "building in release; from nothing this takes some ten minutes on two cores"
 	@cargo build --release -p reliant-cli -p reliant-bench
 	@$(RELEASE)/reliant-bench $(ARGS)
 
@@ -103,7 +103,7 @@ clean: ## Remove what was built; installed tools and data stay
 
 # What `make up` runs, and nothing else.
 program: web need-cargo
-	@[ -x $(BIN)/reliant ] || echo "building; from nothing this takes about @UP@ minutes on two cores"
+	@[ -x $(BIN)/reliant ] || echo "building; from nothing this takes about four minutes on two cores"
 	@cargo build -p reliant-cli
 
 build: web need-cargo

@@ -103,7 +103,7 @@ async fn cpu_by_role(rig: &Rig) -> Result<Vec<(&'static str, f64)>> {
     let shared = Rig::shared_servers().await?;
     let all = |roles: &[reliant_devstack::RoleProcess]| roles.iter().map(reliant_devstack::RoleProcess::pid).collect();
     let server = |pid: Option<u32>| pid.into_iter().collect();
-    Ok(cpu::by_role([
+    let mut used = cpu::by_role([
         ("api", all(&rig.mesh.apis)),
         ("worker", all(&rig.mesh.workers)),
         ("gateway", all(&rig.mesh.gateways)),
@@ -111,6 +111,8 @@ async fn cpu_by_role(rig: &Rig) -> Result<Vec<(&'static str, f64)>> {
         ("temporal", server(shared.pid(Server::Temporal))),
         ("postgres", server(shared.pid(Server::Postgres))),
         ("nats", server(rig.nats.pid(Server::Nats))),
-        ("client", vec![std::process::id()]),
-    ]))
+    ]);
+    // The roles are its children.
+    used.push(("client", cpu::process_ms(std::process::id())));
+    Ok(used)
 }

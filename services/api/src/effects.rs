@@ -3,12 +3,12 @@
 
 use std::{future::Future, sync::Arc};
 
-use reliant_bus::{Bus, FeedSubject, UpdateSubject};
+use reliant_bus::{BurstSubject, Bus, FeedSubject, UpdateSubject};
 use reliant_flows::Flows;
 use reliant_runtime::{Drain, TaskKind};
 use reliant_store::{Committed, Wake};
 use reliant_telemetry::{TraceContext, chain, hop, metrics, sampled};
-use reliant_types::{ChatId, UserId, pb};
+use reliant_types::{ChatId, InstanceId, UserId, pb};
 use tokio::sync::Semaphore;
 use tracing::Instrument as _;
 
@@ -51,7 +51,10 @@ impl Effects {
             };
             let wake = async {
                 if let Some(wake) = wake {
-                    wake_chat(&flows, wake, &asked).await;
+                    match wake.burst {
+                        Some(worker) => hint_burst(&bus, &wake, worker).await,
+                        None => wake_chat(&flows, wake, &asked).await,
+                    }
                 }
             };
             tokio::join!(hints, wake);
@@ -130,6 +133,15 @@ async fn wake_chat(flows: &Flows, wake: Wake, asked: &TraceContext) {
             timer.done("failed");
             tracing::warn!(error = %chain(&error), chat.id = %wake.chat, "a chat was not woken; the relay will do it");
         }
+    }
+}
+
+/// A worker has a burst of the chat: it looks again before the burst ends.
+async fn hint_burst(bus: &Bus, wake: &Wake, worker: InstanceId) {
+    let hint = pb::BurstHint { chat_id: wake.chat.to_string(), ..Default::default() };
+    let trace = Bus::context_below::<BurstSubject>(&TraceContext::from_traceparent(&wake.traceparent));
+    if let Err(error) = bus.publish_with(&trace, &BurstSubject { worker: worker.0 }, &hint).await {
+        tracing::debug!(error = %chain(&error), chat.id = %wake.chat, "a hint was not published; its worker finds what is wanted");
     }
 }
 

@@ -18,7 +18,7 @@ use reliant_middleware::Jwt;
 use reliant_models::{Models, ModelsConfig, ProviderConfig, ProviderKind};
 use reliant_rpc as rpc;
 use reliant_runtime::{Drain, Role as _};
-use reliant_store::{Claim, Committed, NewAssistant, NewBlock, Store, StoreConfig};
+use reliant_store::{Claim, Committed, Look, NewAssistant, NewBlock, Store, StoreConfig};
 use reliant_telemetry::metrics;
 use reliant_types::{ChatId, Code, InstanceId, MessageId, Secret, TurnId, UserId, limits, pb};
 use tonic::{Request, Streaming, transport::Channel};
@@ -205,7 +205,7 @@ impl Producer {
         let mut requests = bench.bus.subscribe(&PrefixSubject { producer: instance.into() }).await?;
         bench.bus.flush().await;
         // As the worker does: queued turns become running ones first.
-        let stepped = bench.store.next_step(chat).await?;
+        let stepped = bench.store.next_step(chat, Look::Within(InstanceId::new())).await?;
         bench.hint(chat, stepped).await?;
         let claim = bench.store.claim_attempt(turn, 0, instance, &Default::default()).await?;
         let Claim::Claimed(attempt) = bench.hint(chat, claim).await? else { anyhow::bail!("not claimed") };

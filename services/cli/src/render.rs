@@ -116,6 +116,11 @@ impl<W: Write> Renderer<W> {
                 pb::TurnStatus::WaitingDaemon => {
                     self.line(Style::Yellow, "… the daemon is away; the turn goes on when it is back")?;
                 }
+                pb::TurnStatus::Queued | pb::TurnStatus::Running
+                    if !turn.waiting_for.is_empty() && turn.retry_at.is_none() =>
+                {
+                    self.line(Style::Yellow, &format!("… {}", turn.waiting_for))?;
+                }
                 pb::TurnStatus::Running if !turn.waiting_for.is_empty() => {
                     self.asked_again = true;
                     let seconds = seconds_between(event.time.as_ref(), turn.retry_at.as_ref());

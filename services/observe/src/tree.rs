@@ -210,7 +210,7 @@ impl<'a> Tree<'a> {
 
 /// What tells viewers, and what only says when the rounds beside it began and ended.
 fn stands_beside(span: &Span) -> bool {
-    matches!(span.name.split(' ').next(), Some(names::BUS_PUBLISH | names::TURN_CALL_MODEL))
+    matches!(span.name.split(' ').next(), Some(names::BUS_PUBLISH | names::TURN_BURST))
 }
 
 /// Whether `index` is an ancestor of `parent`: what a hostile sender calls a tree may be a ring.

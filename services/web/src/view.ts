@@ -106,7 +106,7 @@ export class ChatView {
       case "turnChanged":
         this.turns.set(value.id, value);
         // What a turn was writing that ended, or whose model broke off and is asked again later, is not coming any more.
-        if (turnEnded(value) || value.waitingFor) {
+        if (turnEnded(value) || value.retryAt) {
           for (const [id, live] of this.live) if (live.started.turnId === value.id) this.live.delete(id);
         }
         break;

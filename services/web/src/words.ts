@@ -58,8 +58,9 @@ export function duration(ms: number): string {
 export function turnWords(turn: Turn, now = Date.now()): string {
   switch (turn.status) {
     case TurnStatus.QUEUED:
-      return "Queued.";
+      return turn.waitingFor ? `Queued: ${turn.waitingFor}.` : "Queued.";
     case TurnStatus.RUNNING:
+      if (turn.waitingFor && !turn.retryAt) return `Waits: ${turn.waitingFor}.`;
       if (turn.waitingFor) return retryWords(turn.waitingFor, turn.retryAt ? timestampMs(turn.retryAt) - now : 0);
       return "Working …";
     case TurnStatus.WAITING_APPROVAL:

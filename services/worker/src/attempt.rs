@@ -3,13 +3,13 @@
 use std::{sync::Arc, time::Duration};
 
 use futures::StreamExt;
-use reliant_flows::Heart;
 use reliant_models::{BlockKind, ModelError, ModelRequest, ModelStream, ToolSpec, fit_history};
 use reliant_runtime::Backoff;
 use reliant_store::{Attempt, CommitOutcome, Committed, Lead, NewAssistant, NewBlock, NewCall, Notice};
 use reliant_telemetry::{TraceContext, chain, metrics::Phase};
 use reliant_types::{Code, Failure, ToolCallId, limits, pb, timestamp};
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     answer::{Answer, Change},
@@ -57,7 +57,7 @@ pub async fn run(
     engine: &Arc<Engine>,
     attempt: Attempt,
     began: Instant,
-    heart: &Heart,
+    stop: &CancellationToken,
     deadline: Instant,
 ) -> Result<End, EngineError> {
     let cancel = engine.cancels.register(attempt.turn);
@@ -67,7 +67,7 @@ pub async fn run(
     let streamed = tokio::select! {
         biased;
         () = cancel.token.cancelled() => return Ok(End::Lost),
-        () = heart.stopped() => return Err(EngineError::Stopped),
+        () = stop.cancelled() => return Err(EngineError::Stopped),
         () = tokio::time::sleep_until(deadline) => return Ok(End::Deadline),
         streamed = answer(engine, &attempt, began, &key, deadline) => streamed?,
     };
@@ -75,7 +75,7 @@ pub async fn run(
         Ok(answer) => answer,
         Err(end) => return Ok(end),
     };
-    commit(engine, attempt, answer, times, void, heart, deadline).await
+    commit(engine, attempt, answer, times, void, stop, deadline).await
 }
 
 /// The text of an attempt that is not committed is void, however the attempt ends.
@@ -245,7 +245,7 @@ async fn commit(
     answer: Answer,
     times: Times,
     mut void: DropLive<'_>,
-    heart: &Heart,
+    stop: &CancellationToken,
     deadline: Instant,
 ) -> Result<End, EngineError> {
     let (blocks, calls) = judge(engine, &attempt, answer.blocks);
@@ -266,7 +266,7 @@ async fn commit(
         let asked = Instant::now();
         match engine.store.commit_message(message.clone()).await {
             Ok(committed) => {
-                measure(&attempt, &times, &committed, asked.elapsed());
+                measure(engine, &attempt, &times, &committed, asked.elapsed());
                 break committed;
             }
             Err(error) if error.is_retryable() && Instant::now() < deadline => {
@@ -281,7 +281,7 @@ async fn commit(
         }
         tokio::select! {
             () = backoff.wait() => {}
-            () = heart.stopped() => return Err(EngineError::Stopped),
+            () = stop.cancelled() => return Err(EngineError::Stopped),
         }
     };
     let fenced = matches!(committed.value, CommitOutcome::Fenced);
@@ -294,7 +294,7 @@ async fn commit(
 
 /// The phases of a round count once it is stored: what was lost with an attempt that was not is its successor's pickup.
 /// They add up to the time since the round before, by the database's clock.
-fn measure(attempt: &Attempt, times: &Times, committed: &Committed<CommitOutcome>, commit: Duration) {
+fn measure(engine: &Engine, attempt: &Attempt, times: &Times, committed: &Committed<CommitOutcome>, commit: Duration) {
     let CommitOutcome::Committed { turn_ended } = committed.value else { return };
     let stored = committed.events.first().and_then(|event| event.time.as_ref());
     let whole = between(Some(&timestamp(attempt.claimed_at)), stored).unwrap_or_default();
@@ -308,6 +308,7 @@ fn measure(attempt: &Attempt, times: &Times, committed: &Committed<CommitOutcome
     }
     let Lead { held, enqueue, pickup, retry, approval_wait, tool_route, tool_run, tool_return } = attempt.lead;
     let first = attempt.iteration == 0;
+    engine.load.observe(if first { enqueue + pickup } else { pickup } + rest);
     let span = tracing::Span::current();
     for (phase, time, counts) in [
         (Phase::Held, held, !held.is_zero()),

@@ -7,10 +7,9 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use futures::StreamExt;
 use reliant_bus::{BusError, ToolSubject, Topic as _};
-use reliant_flows::Step;
 use reliant_store::{CancelCall, DispatchOrder};
 use reliant_telemetry::{TraceContext, chain, metrics};
-use reliant_types::{ChatId, ToolCallId, TurnId, limits, pb};
+use reliant_types::{ChatId, ToolCallId, limits, pb};
 use tracing::{Instrument, Span, field::Empty};
 
 use crate::engine::{Engine, EngineError};
@@ -19,8 +18,6 @@ use crate::engine::{Engine, EngineError};
 const PARALLEL: usize = 32;
 /// A call that took longer than this is shown as running; a quicker one goes straight to its result.
 const RUNNING_AFTER: Duration = Duration::from_millis(20);
-/// After an unclear answer the turn is looked at again this soon.
-const LOOK_AGAIN: Duration = Duration::from_secs(2);
 
 /// What became of one dispatch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -31,25 +28,6 @@ pub enum Sent {
     Changed,
     /// Nobody knows whether it arrived.
     Unclear,
-}
-
-/// Sends all of `calls` and says what is next.
-pub async fn dispatch(
-    engine: &Arc<Engine>,
-    chat: ChatId,
-    turn: TurnId,
-    calls: &[ToolCallId],
-) -> Result<Step, EngineError> {
-    match send_all(engine, chat, calls).await? {
-        Sent::Taken => Ok(Step::Wait { turn, for_ms: None }),
-        Sent::Changed => engine.next_step(chat).await,
-        Sent::Unclear => Ok(look_again(turn)),
-    }
-}
-
-/// Nobody knows: a little later Postgres, and through it the daemon's journal, is asked again.
-pub fn look_again(turn: TurnId) -> Step {
-    Step::Wait { turn, for_ms: Some(LOOK_AGAIN.as_millis() as u64) }
 }
 
 /// The worst of what became of them.

@@ -1,4 +1,4 @@
-//! The seam to the workflow: each step within its span, its time measured.
+//! The seam to the workflow: each burst within its span, its time measured.
 
 use std::{
     sync::Arc,
@@ -7,63 +7,43 @@ use std::{
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
-use reliant_flows::{DispatchOrder, Driver, DriverError, Heart, ModelOrder, ModelOutcome, Step};
+use reliant_flows::{BurstEnd, BurstOrder, Driver, DriverError};
 use reliant_telemetry::{
     TraceContext, chain,
     metrics::{self, TURN_STEP},
 };
-use reliant_types::ChatId;
+use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, field::Empty};
 
 use crate::{
-    dispatch,
+    burst,
     engine::{Engine, EngineError},
-    model_call,
 };
 
 pub struct EngineDriver(pub Arc<Engine>);
 
 #[async_trait]
 impl Driver for EngineDriver {
-    async fn next_step(&self, chat: ChatId, trace: TraceContext) -> Result<Step, DriverError> {
-        let timer = metrics::guard(&TURN_STEP, &["next_step"]);
-        let span = tracing::info_span!("turn.next_step", chat.id = %chat);
-        trace.set_parent(&span);
-        let step = self.0.next_step(chat).instrument(span.clone()).await;
-        timer.done(outcome(&step));
-        span.in_scope(|| said("next_step", step))
-    }
-
-    async fn call_model(
+    async fn burst(
         &self,
-        order: ModelOrder,
-        heart: Heart,
+        order: BurstOrder,
+        stop: CancellationToken,
         trace: TraceContext,
-    ) -> Result<ModelOutcome, DriverError> {
-        let timer = metrics::guard(&TURN_STEP, &["call_model"]);
+    ) -> Result<BurstEnd, DriverError> {
+        let timer = metrics::guard(&TURN_STEP, &["burst"]);
         let span = tracing::info_span!(
-            "turn.call_model",
+            "turn.burst",
             chat.id = %order.chat,
-            turn.id = %order.turn,
             activity.attempt = order.attempt,
             otel.status_code = Empty,
         );
         trace.set_parent(&span);
-        let next = model_call::call_model(&self.0, order, &heart, &trace).instrument(span.clone()).await;
-        timer.done(outcome(&next));
-        if next.is_err() {
+        let ended = burst::run(&self.0, order.chat, &stop, trace).instrument(span.clone()).await;
+        timer.done(if ended.is_ok() { "ok" } else { "failed" });
+        if ended.is_err() {
             span.record("otel.status_code", "ERROR");
         }
-        Ok(ModelOutcome { next: Some(span.in_scope(|| said("call_model", next))?) })
-    }
-
-    async fn dispatch(&self, order: DispatchOrder, trace: TraceContext) -> Result<Step, DriverError> {
-        let timer = metrics::guard(&TURN_STEP, &["dispatch"]);
-        let span = tracing::info_span!("turn.dispatch", chat.id = %order.chat, turn.id = %order.turn);
-        trace.set_parent(&span);
-        let step = dispatch::dispatch(&self.0, order.chat, order.turn, &order.calls).instrument(span.clone()).await;
-        timer.done(outcome(&step));
-        span.in_scope(|| said("dispatch", step))
+        span.in_scope(|| said(ended))
     }
 }
 
@@ -71,25 +51,21 @@ impl Driver for EngineDriver {
 const SAY_EVERY: Duration = Duration::from_secs(1);
 
 /// What crosses to Temporal is the error's own text; its causes are said here.
-fn said<T>(step: &'static str, result: Result<T, EngineError>) -> Result<T, DriverError> {
+fn said<T>(result: Result<T, EngineError>) -> Result<T, DriverError> {
     static SAID: Mutex<Option<Instant>> = Mutex::new(None);
     result.map_err(|error| {
         match &error {
-            EngineError::Stopped => tracing::debug!(error = %chain(&error), step, "a step was handed on"),
+            EngineError::Stopped => tracing::debug!(error = %chain(&error), "a burst was handed on"),
             _ => {
                 let mut said = SAID.lock();
                 if said.is_none_or(|at| at.elapsed() >= SAY_EVERY) {
                     *said = Some(Instant::now());
-                    tracing::warn!(error = %chain(&error), step, "a step of a turn failed; it is tried again");
+                    tracing::warn!(error = %chain(&error), "a burst of a chat failed; it is tried again");
                 } else {
-                    tracing::debug!(error = %chain(&error), step, "a step of a turn failed; it is tried again");
+                    tracing::debug!(error = %chain(&error), "a burst of a chat failed; it is tried again");
                 }
             }
         }
         error.into()
     })
-}
-
-fn outcome<T, E>(result: &Result<T, E>) -> &'static str {
-    if result.is_ok() { "ok" } else { "failed" }
 }

@@ -10,16 +10,16 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use reliant_bus::Bus;
-use reliant_flows::{DriverError, Flows, Step};
+use reliant_bus::{BurstSubject, Bus};
+use reliant_flows::{DriverError, Flows};
 use reliant_models::Models;
-use reliant_store::{Committed, Store, StoreError, Wake};
+use reliant_store::{Committed, Look, Step, Store, StoreError, Wake};
 use reliant_telemetry::{TraceContext, chain, hop, metrics, sampled};
 use reliant_types::{ChatId, Code, InstanceId, TurnId, pb};
 use tokio::sync::{Notify, Semaphore};
 use tokio_util::sync::CancellationToken;
 
-use crate::{live::Live, publish::Publisher, rounds::Rounds, transcripts::Transcripts};
+use crate::{bursts::Bursts, live::Live, load::Load, publish::Publisher, rounds::Rounds, transcripts::Transcripts};
 
 /// Wakes and other short errands under way at one time; past that they wait their turn.
 const ERRANDS_MAX: usize = 256;
@@ -47,6 +47,8 @@ pub struct Engine {
     pub publisher: Publisher,
     pub live: Live,
     pub rounds: Arc<Rounds>,
+    pub bursts: Bursts,
+    pub load: Load,
     pub transcripts: Transcripts,
     /// Of calls that ask for none.
     pub tool_timeout: Duration,
@@ -93,29 +95,17 @@ impl Engine {
         sampled::places("errands", ERRANDS_MAX)
     }
 
-    /// What the chat needs now, as the workflow says it.
-    pub async fn next_step(self: &Arc<Self>, chat: ChatId) -> Result<Step, EngineError> {
-        let committed = match self.store.next_step(chat).await {
+    /// What the chat needs now.
+    pub async fn next_step(self: &Arc<Self>, chat: ChatId, look: Look) -> Result<Step, EngineError> {
+        let mut committed = match self.store.next_step(chat, look).await {
             Ok(committed) => committed,
             // A chat that is gone has nothing to do; asking again would change nothing.
             Err(StoreError::NotFound { .. }) => return Ok(Step::Idle),
             Err(error) => return Err(error.into()),
         };
-        let step = to_step(&committed.value);
+        let step = std::mem::replace(&mut committed.value, Step::Idle);
         self.tell(committed);
         Ok(step)
-    }
-
-    /// Marks what the chat wanted as seen, behind the caller's back: the caller looks for itself, and again at its end.
-    pub fn look(self: &Arc<Self>, chat: ChatId) {
-        let Ok(place) = self.errands.clone().try_acquire_owned() else { return sampled::refused("errands") };
-        let engine = self.clone();
-        tokio::spawn(async move {
-            let _place = place;
-            if let Err(error) = engine.next_step(chat).await {
-                tracing::debug!(error = %chain(&error), chat.id = %chat, "a chat was not looked at; the relay wakes it");
-            }
-        });
     }
 
     /// Tells viewers of a commit, and wakes the chat where there is something to do.
@@ -141,8 +131,12 @@ impl Engine {
         });
     }
 
+    /// By a hint where a worker has a burst of the chat, which looks again before it ends; else by a signal.
     pub async fn wake(&self, wake: &Wake) {
         let parent = TraceContext::from_traceparent(&wake.traceparent);
+        if let Some(worker) = wake.burst {
+            return self.hint(wake.chat, worker, &parent).await;
+        }
         let span = tracing::info_span!("turn.wake", otel.kind = "producer", chat.id = %wake.chat);
         let trace = hop(&parent, span);
         let timer = metrics::guard(&metrics::WAKES, &[]);
@@ -152,6 +146,17 @@ impl Engine {
                 timer.done("failed");
                 tracing::debug!(error = %chain(&error), chat.id = %wake.chat, "a wake failed; the relay repeats it");
             }
+        }
+    }
+
+    async fn hint(&self, chat: ChatId, worker: InstanceId, parent: &TraceContext) {
+        if worker == self.instance {
+            return self.bursts.hint(chat);
+        }
+        let hint = pb::BurstHint { chat_id: chat.to_string(), ..Default::default() };
+        let trace = Bus::context_below::<BurstSubject>(parent);
+        if let Err(error) = self.bus.publish_with(&trace, &BurstSubject { worker: worker.0 }, &hint).await {
+            tracing::debug!(error = %chain(&error), chat.id = %chat, "a hint was not published; its worker finds what is wanted");
         }
     }
 }
@@ -169,6 +174,11 @@ impl Cancels {
         let number = self.count.fetch_add(1, Ordering::Relaxed);
         self.tokens.lock().insert(turn, (number, token.clone()));
         CancelGuard { cancels: self, turn, number, token }
+    }
+
+    /// Those whose models are being called.
+    pub fn turns(&self) -> Vec<TurnId> {
+        self.tokens.lock().keys().copied().collect()
     }
 
     pub fn cancel(&self, turn: TurnId) {
@@ -249,14 +259,4 @@ pub fn between(from: Option<&prost_types::Timestamp>, to: Option<&prost_types::T
     let micros = |time: &prost_types::Timestamp| time.seconds * 1_000_000 + i64::from(time.nanos / 1000);
     let micros = micros(to?).checked_sub(micros(from?))?;
     Some(Duration::from_micros(u64::try_from(micros).ok()?))
-}
-
-fn to_step(step: &reliant_store::Step) -> Step {
-    use reliant_store::Step as Stored;
-    match step {
-        Stored::CallModel { turn, iteration } => Step::CallModel { turn: *turn, iteration: *iteration },
-        Stored::Dispatch { turn, calls } => Step::Dispatch { turn: *turn, calls: calls.clone() },
-        Stored::Wait { turn, for_ms } => Step::Wait { turn: *turn, for_ms: *for_ms },
-        Stored::Idle => Step::Idle,
-    }
 }

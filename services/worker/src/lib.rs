@@ -5,13 +5,15 @@
 
 mod answer;
 mod attempt;
+mod burst;
+mod bursts;
 mod dispatch;
 mod driver;
 mod engine;
 mod history;
 mod listen;
 mod live;
-mod model_call;
+mod load;
 mod presence;
 mod prompt;
 mod publish;
@@ -36,9 +38,11 @@ use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    bursts::Bursts,
     driver::EngineDriver,
     engine::Engine,
     live::Live,
+    load::Load,
     publish::{Hints, Publisher},
     rounds::Rounds,
     transcripts::Transcripts,
@@ -125,6 +129,7 @@ pub async fn build(config: WorkerConfig, deps: WorkerDeps) -> Result<Worker, Wor
         .await
         .map_err(|source| WorkerError::Bind { addr: config.admin, source })?;
     let (publisher, hints) = Publisher::new();
+    let slots = flows.config().worker.activity_slots;
     let draining = CancellationToken::new();
     let engine = Arc::new(Engine {
         store,
@@ -134,6 +139,8 @@ pub async fn build(config: WorkerConfig, deps: WorkerDeps) -> Result<Worker, Wor
         publisher,
         live: Live::default(),
         rounds: Arc::new(Rounds::default()),
+        bursts: Bursts::default(),
+        load: Load::new(slots),
         transcripts: Transcripts::default(),
         tool_timeout: config.tool_timeout.min(limits::TOOL_TIMEOUT_MAX),
         cancels: Default::default(),
@@ -169,7 +176,8 @@ impl Role for Worker {
             drain.spawn(TaskKind::Upkeep("instance"), listen::heartbeat(engine.clone(), admin_addr, drain.clone()));
             drain.spawn(TaskKind::Upkeep("lengths"), listen::lengths(engine.clone()));
             drain.spawn(TaskKind::Upkeep("prefixes"), listen::prefixes(engine.clone()));
-            drain.spawn(TaskKind::Upkeep("cancels"), listen::cancels(engine.clone()));
+            drain.spawn(TaskKind::Upkeep("bursts"), bursts::observe(engine.clone()));
+            drain.spawn(TaskKind::Upkeep("burst hints"), bursts::hints(engine.clone()));
             drain.spawn(TaskKind::Poller("relay"), relay::run(engine.clone()));
             drain.spawn(TaskKind::Poller("presence"), presence::run(engine.clone()));
             drain.spawn(TaskKind::Listener("results"), results::run(engine.clone()));

@@ -1,10 +1,10 @@
-//! The small loops of a worker: refills, cancel hints, lengths of live text, the instance's heartbeat.
+//! The small loops of a worker: refills, lengths of live text, the instance's heartbeat.
 //!
 //! A loop that receives does no work that waits on others: a refill is answered from memory.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use reliant_bus::{BusError, CancelSubject, PrefixSubject};
+use reliant_bus::{BusError, PrefixSubject};
 use reliant_runtime::Drain;
 use reliant_store::Heartbeat;
 use reliant_telemetry::chain;
@@ -26,16 +26,6 @@ pub async fn prefixes(engine: Arc<Engine>) -> Result<(), BusError> {
             }
         };
         answer.instrument(received.span()).await;
-    }
-    Ok(())
-}
-
-pub async fn cancels(engine: Arc<Engine>) -> Result<(), BusError> {
-    let mut hints = engine.bus.subscribe(&CancelSubject { producer: engine.instance.0 }).await?;
-    while let Some(received) = hints.next().await {
-        if let Ok(turn) = received.message.turn_id.parse() {
-            received.span().in_scope(|| engine.cancels.cancel(turn));
-        }
     }
     Ok(())
 }
@@ -70,7 +60,7 @@ pub async fn heartbeat(engine: Arc<Engine>, address: SocketAddr, drain: Drain) {
             address: address.to_string(),
             load: serde_json::json!({
                 "live_messages": engine.live.len(),
-                "model_slots": engine.flows.config().worker.activity_slots,
+                "model_slots": engine.load.adjust(),
             }),
             draining: drain.is_draining(),
         };

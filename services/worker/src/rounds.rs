@@ -85,14 +85,14 @@ impl Rounds {
     }
 }
 
-/// What a wait has seen.
+/// How a wait went.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Waited {
     /// Every call has settled.
     All,
-    /// Some have: Postgres must be asked, since no wake will come for them.
-    Some,
-    None,
+    /// Postgres knows more than is known here.
+    Hinted,
+    Late,
 }
 
 /// A wait for results of some calls.
@@ -103,53 +103,45 @@ pub struct Round {
 }
 
 impl Round {
-    /// Returns when every call has settled, or after `limit`.
-    pub async fn wait(self, limit: Duration) -> Waited {
-        let deadline = tokio::time::Instant::now() + limit;
+    /// Returns when every call has settled, at `deadline`, or when a hint comes. Until it is dropped nobody is woken for
+    /// the results.
+    pub async fn wait(&self, deadline: tokio::time::Instant, hint: &Notify) -> Waited {
         while self.count() < self.calls.len() {
-            if tokio::time::timeout_at(deadline, self.notify.notified()).await.is_err() {
-                break;
+            tokio::select! {
+                () = self.notify.notified() => {}
+                () = hint.notified() => return Waited::Hinted,
+                () = tokio::time::sleep_until(deadline) => return Waited::Late,
             }
         }
-        match self.close() {
-            0 => Waited::None,
-            settled if settled == self.calls.len() => Waited::All,
-            _ => Waited::Some,
-        }
+        Waited::All
     }
 
     fn count(&self) -> usize {
         let map = self.rounds.calls.lock();
         self.calls.iter().filter(|call| map.get(call).is_some_and(|sent| sent.settled)).count()
     }
-
-    /// Ends the wait: later results are woken for. Says how many came before.
-    fn close(&self) -> usize {
-        let mut map = self.rounds.calls.lock();
-        let mut settled = 0;
-        for call in &self.calls {
-            match map.get_mut(call) {
-                Some(sent) if sent.settled => {
-                    settled += 1;
-                    map.remove(call);
-                }
-                Some(sent) => sent.round = None,
-                None => {}
-            }
-        }
-        settled
-    }
 }
 
 impl Drop for Round {
     fn drop(&mut self) {
-        self.close();
+        let mut map = self.rounds.calls.lock();
+        for call in &self.calls {
+            match map.get_mut(call) {
+                Some(sent) if sent.settled => drop(map.remove(call)),
+                Some(sent) => sent.round = None,
+                None => {}
+            }
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    async fn wait(round: &Round, ms: u64) -> Waited {
+        round.wait(tokio::time::Instant::now() + Duration::from_millis(ms), &Notify::new()).await
+    }
 
     #[tokio::test(start_paused = true)]
     async fn a_round_ends_when_all_have_settled() {
@@ -158,7 +150,8 @@ mod tests {
         let round = rounds.open(&calls);
         assert!(rounds.settle(calls[0]).awaited);
         assert!(rounds.settle(calls[1]).awaited);
-        assert_eq!(round.wait(Duration::from_secs(1)).await, Waited::All);
+        assert_eq!(wait(&round, 1000).await, Waited::All);
+        drop(round);
         assert!(rounds.calls.lock().is_empty());
     }
 
@@ -166,19 +159,23 @@ mod tests {
     async fn a_late_result_is_woken_for() {
         let rounds = Arc::new(Rounds::default());
         let call = ToolCallId::new();
-        assert_eq!(rounds.open(&[call]).wait(Duration::from_millis(5)).await, Waited::None);
+        assert_eq!(wait(&rounds.open(&[call]), 5).await, Waited::Late);
         let settled = rounds.settle(call);
         assert!(!settled.awaited && settled.round_trip.is_some());
         assert_eq!(rounds.settle(call), Settled::default());
     }
 
     #[tokio::test(start_paused = true)]
-    async fn one_of_two_settling_is_reported() {
+    async fn a_hint_ends_a_wait_that_can_go_on() {
         let rounds = Arc::new(Rounds::default());
         let calls = [ToolCallId::new(), ToolCallId::new()];
-        let round = rounds.open(&calls);
+        let (round, hint) = (rounds.open(&calls), Notify::new());
         rounds.settle(calls[1]);
-        assert_eq!(round.wait(Duration::from_millis(5)).await, Waited::Some);
+        hint.notify_one();
+        let deadline = tokio::time::Instant::now() + Duration::from_millis(5);
+        assert_eq!(round.wait(deadline, &hint).await, Waited::Hinted);
+        assert_eq!(round.wait(deadline, &hint).await, Waited::Late);
+        drop(round);
         assert!(!rounds.settle(calls[0]).awaited);
     }
 

@@ -11,7 +11,7 @@ mod subscription;
 pub use client::{Bus, BusConfig};
 pub use error::BusError;
 pub use subject::{
-    CancelSubject, ControlSubject, DECLARED, Declared, FeedSubject, PrefixSubject, PresenceSubject, RequestTopic,
+    BurstSubject, ControlSubject, DECLARED, Declared, FeedSubject, PrefixSubject, PresenceSubject, RequestTopic,
     ResultSubject, ToolSubject, Topic, UpdateSubject,
 };
 pub use subscription::{Received, Subscription};

@@ -121,8 +121,8 @@ topics! {
     PrefixSubject = "prefix" { producer: Uuid } -> pb::PrefixRequest => pb::PrefixReply;
     /// A daemon came or went.
     PresenceSubject = "presence" { user: UserId, daemon: DaemonId } -> pb::Presence;
-    /// To the producer of a live message: its turn was cancelled.
-    CancelSubject = "cancel" { producer: Uuid } -> pb::CancelTurnHint;
+    /// To the worker with a burst of the chat: something is wanted of it, or its turn was cancelled.
+    BurstSubject = "burst" { worker: Uuid } -> pb::BurstHint;
     /// To all: revocations. Also polled, as a publish may be lost.
     ControlSubject = "control.revoked" {} -> pb::Control;
 }
@@ -169,7 +169,7 @@ mod tests {
             check(FeedSubject { user: a.into() });
             check(PrefixSubject { producer: a });
             check(PresenceSubject { user: a.into(), daemon: b.into() });
-            check(CancelSubject { producer: a });
+            check(BurstSubject { worker: a });
             check(ControlSubject);
             // No subject is read as another kind.
             let tool = ToolSubject { daemon: a.into() }.subject();

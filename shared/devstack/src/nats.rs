@@ -53,12 +53,12 @@ impl NatsRole {
         match self {
             NatsRole::Local => (&[">"], &[">"]),
             NatsRole::Api => (
-                &["tool.*", "update.*.*", "feed.*", "prefix.*", "cancel.*", "control.>"],
+                &["tool.*", "update.*.*", "feed.*", "prefix.*", "burst.*", "control.>"],
                 &["update.*.*", "feed.*", "presence.*.*", "control.>"],
             ),
             NatsRole::Worker => (
-                &["tool.*", "update.*.*", "feed.*", "control.>"],
-                &["result.*.*", "prefix.*", "presence.*.*", "cancel.*", "control.>"],
+                &["tool.*", "update.*.*", "feed.*", "burst.*", "control.>"],
+                &["result.*.*", "prefix.*", "presence.*.*", "burst.*", "control.>"],
             ),
             NatsRole::Gateway => (
                 &["result.*.*", "update.*.*", "feed.*", "presence.*.*", "control.>"],

@@ -1,8 +1,7 @@
-//! The activities: thin shells around the `Driver`. They translate errors and send heartbeats.
+//! The activity: a thin shell around the `Driver`. It translates errors and sends heartbeats.
 
 use std::{sync::Arc, time::Duration};
 
-use reliant_types::ChatId;
 use temporalio_macros::activities;
 use temporalio_sdk::{
     ApplicationFailure,
@@ -11,7 +10,7 @@ use temporalio_sdk::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    driver::{DispatchOrder, Driver, DriverError, Heart, ModelOrder, ModelOutcome, Step},
+    driver::{BurstEnd, BurstOrder, Driver},
     trace,
 };
 
@@ -25,42 +24,25 @@ pub struct Activities {
 
 #[activities]
 impl Activities {
-    #[activity(name = "next_step")]
-    pub async fn next_step(self: Arc<Self>, ctx: ActivityContext, chat: ChatId) -> Result<Step, ActivityError> {
-        let trace = trace::from_headers(ctx.headers());
-        self.driver.next_step(chat, trace).await.map_err(retry)
-    }
-
-    #[activity(name = "dispatch")]
-    pub async fn dispatch(self: Arc<Self>, ctx: ActivityContext, order: DispatchOrder) -> Result<Step, ActivityError> {
-        let trace = trace::from_headers(ctx.headers());
-        self.driver.dispatch(order, trace).await.map_err(retry)
-    }
-
-    #[activity(name = "call_model")]
-    pub async fn call_model(
+    #[activity(name = "burst")]
+    pub async fn burst(
         self: Arc<Self>,
         ctx: ActivityContext,
-        mut order: ModelOrder,
-    ) -> Result<ModelOutcome, ActivityError> {
+        mut order: BurstOrder,
+    ) -> Result<BurstEnd, ActivityError> {
         let trace = trace::from_headers(ctx.headers());
         order.attempt = ctx.info().attempt;
         let stop = CancellationToken::new();
-        let heart = Heart { stop: stop.clone() };
-        let mut call = self.driver.call_model(order, heart, trace);
+        let mut burst = self.driver.burst(order, stop.clone(), trace);
         let mut beat = tokio::time::interval(BEAT);
         beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             tokio::select! {
-                outcome = &mut call => return outcome.map_err(retry),
+                ended = &mut burst => return ended.map_err(|error| ActivityError::from(ApplicationFailure::new(error))),
                 () = ctx.cancelled(), if !stop.is_cancelled() => stop.cancel(),
-                // In the same task as the call: a call that blocks its thread stops beating and is taken over.
+                // In the same task as the burst: one that blocks its thread stops beating and is taken over.
                 _ = beat.tick() => ctx.record_heartbeat(()).await?,
             }
         }
     }
-}
-
-fn retry(error: DriverError) -> ActivityError {
-    ActivityError::from(ApplicationFailure::new(error))
 }

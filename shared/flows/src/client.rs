@@ -6,9 +6,15 @@ use reliant_telemetry::{ClientCall, TraceContext, chain, names::span};
 use reliant_types::{ChatId, Code, Failure, boxed};
 use temporalio_client::{
     Client, ClientKeepAliveOptions, ClientOptions, Connection, ConnectionOptions, GrpcCompression, RetryOptions,
-    TlsOptions, Url, WorkflowStartOptions, errors::WorkflowStartError,
+    TlsOptions, Url, WorkflowIdConflictPolicy, WorkflowStartOptions, errors::WorkflowStartError,
 };
-use temporalio_common::protos::temporal::api::{common::v1::Header, workflowservice::v1::DescribeNamespaceRequest};
+use temporalio_common::protos::temporal::api::{
+    common::v1::{Header, WorkflowExecution},
+    enums::v1::{PendingActivityState, PendingWorkflowTaskState, WorkflowExecutionStatus},
+    workflowservice::v1::{
+        DescribeNamespaceRequest, DescribeWorkflowExecutionRequest, DescribeWorkflowExecutionResponse,
+    },
+};
 use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::Instrument;
@@ -18,8 +24,11 @@ use crate::{
     workflow::{ChatInput, ChatWorkflow, Wake},
 };
 
-/// A workflow task of a dead worker is given to another after this long.
-pub(crate) const WORKFLOW_TASK_TIMEOUT: Duration = Duration::from_secs(3);
+/// Long enough for a starved worker to finish a task, so that nothing is done twice. A task that a dead worker holds is
+/// not waited for: the relay begins the run anew.
+pub(crate) const WORKFLOW_TASK_TIMEOUT: Duration = Duration::from_secs(10);
+/// Tasks of a run that failed or timed out one after another: it will not recover by itself.
+pub const FAILED_TASKS_MAX: i32 = 3;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const CONNECT_RETRY_MIN: Duration = Duration::from_millis(100);
 const CONNECT_RETRY_MAX: Duration = Duration::from_secs(2);
@@ -90,6 +99,24 @@ impl Flows {
     #[boxed]
     pub async fn wake(&self, chat: ChatId, traceparent: &str) -> Result<(), FlowsError> {
         let client = self.client()?;
+        let (input, options) = self.start(chat, traceparent);
+        let wake = Wake { traceparent: traceparent.to_owned() };
+        let call = client.signal_with_start_workflow(ChatWorkflow::run, input, ChatWorkflow::wake, wake, options);
+        self.started(traceparent, async { call.await.map(drop) }).await
+    }
+
+    /// Ends the chat's run, whatever it is, and begins a new one, which looks at Postgres at once. What the ended run had
+    /// under way is void by its fence.
+    #[boxed]
+    pub async fn begin_anew(&self, chat: ChatId, traceparent: &str) -> Result<(), FlowsError> {
+        let client = self.client()?;
+        let (input, mut options) = self.start(chat, traceparent);
+        options.id_conflict_policy = WorkflowIdConflictPolicy::TerminateExisting;
+        let call = client.start_workflow(ChatWorkflow::run, input, options);
+        self.started(traceparent, async { call.await.map(drop) }).await
+    }
+
+    fn start(&self, chat: ChatId, traceparent: &str) -> (ChatInput, WorkflowStartOptions) {
         let config = &self.inner.config;
         let mut options = WorkflowStartOptions::new(config.task_queue.clone(), workflow_id(chat))
             .task_timeout(WORKFLOW_TASK_TIMEOUT)
@@ -99,9 +126,15 @@ impl Flows {
             options.header = Some(Header { fields });
         }
         let linger_ms = config.linger.as_millis() as u64;
-        let input = ChatInput { chat, linger_ms, run_turns: config.run_turns };
-        let wake = Wake { traceparent: traceparent.to_owned() };
-        let call = client.signal_with_start_workflow(ChatWorkflow::run, input, ChatWorkflow::wake, wake, options);
+        (ChatInput { chat, linger_ms, run_turns: config.run_turns, heartbeat_timeout_ms: 0 }, options)
+    }
+
+    async fn started(
+        &self,
+        traceparent: &str,
+        call: impl Future<Output = Result<(), WorkflowStartError>>,
+    ) -> Result<(), FlowsError> {
+        let config = &self.inner.config;
         // Nothing hangs on it: the workflow got the context of the wake, which has ended.
         let called =
             ClientCall::below(&TraceContext::from_traceparent(traceparent), span::TEMPORAL_WAKE, &config.address);
@@ -110,8 +143,8 @@ impl Flows {
                 called.settle(tonic::Code::DeadlineExceeded);
                 Err(FlowsError::Timeout(config.rpc_timeout))
             }
-            // Cannot come of a signal-with-start; if it does, the workflow runs, and the relay sees to the rest.
-            Ok(Ok(_) | Err(WorkflowStartError::AlreadyStarted { .. })) => {
+            // Another one was quicker: the workflow runs, and the relay sees to the rest.
+            Ok(Ok(()) | Err(WorkflowStartError::AlreadyStarted { .. })) => {
                 called.settle(tonic::Code::Ok);
                 Ok(())
             }
@@ -119,6 +152,26 @@ impl Flows {
                 called.settle(tonic::Code::Unavailable);
                 Err(FlowsError::Unavailable(chain(&error).to_string()))
             }
+        }
+    }
+
+    /// What Temporal says of the chat's run now.
+    #[boxed]
+    pub async fn run_state(&self, chat: ChatId) -> Result<RunState, FlowsError> {
+        let client = self.client()?;
+        let config = &self.inner.config;
+        let execution = WorkflowExecution { workflow_id: workflow_id(chat), ..Default::default() };
+        let mut request = tonic::Request::new(DescribeWorkflowExecutionRequest {
+            namespace: config.namespace.clone(),
+            execution: Some(execution),
+        });
+        request.set_timeout(config.rpc_timeout);
+        let mut service = client.connection().workflow_service();
+        match tokio::time::timeout(config.rpc_timeout, service.describe_workflow_execution(request)).await {
+            Err(_) => Err(FlowsError::Timeout(config.rpc_timeout)),
+            Ok(Ok(response)) => Ok(RunState::of(response.into_inner(), &config.task_queue)),
+            Ok(Err(status)) if status.code() == tonic::Code::NotFound => Ok(RunState::None),
+            Ok(Err(status)) => Err(FlowsError::Unavailable(status.message().to_owned())),
         }
     }
 
@@ -146,6 +199,70 @@ impl Flows {
         self.inner.client.borrow().is_some()
     }
 }
+
+/// Where a chat's run is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RunState {
+    /// There is none, or it has ended: a wake begins one.
+    None,
+    /// The id is in use by what is none of ours.
+    Foreign { workflow_type: String },
+    /// A workflow task waits for a worker. `attempt`, from 1, counts those that failed or timed out before it.
+    TaskScheduled { attempt: i32 },
+    /// A worker has a workflow task. `task` names this one, to tell it from a later one.
+    TaskStarted { attempt: i32, task: String },
+    /// A burst waits for a worker, or for its next try.
+    BurstScheduled { attempt: i32 },
+    /// A worker has a burst, and its heartbeats came in time.
+    BurstStarted,
+    /// It waits for a wake.
+    Waiting,
+}
+
+impl RunState {
+    /// For metrics.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Foreign { .. } => "foreign",
+            Self::TaskScheduled { .. } => "task_scheduled",
+            Self::TaskStarted { .. } => "task_started",
+            Self::BurstScheduled { .. } => "burst_scheduled",
+            Self::BurstStarted => "burst_started",
+            Self::Waiting => "waiting",
+        }
+    }
+
+    fn of(run: DescribeWorkflowExecutionResponse, task_queue: &str) -> Self {
+        let Some(info) = &run.workflow_execution_info else { return Self::None };
+        if info.status() != WorkflowExecutionStatus::Running {
+            return Self::None;
+        }
+        let workflow_type = info.r#type.as_ref().map(|of| of.name.clone()).unwrap_or_default();
+        if workflow_type != CHAT_TYPE || info.task_queue != task_queue {
+            return Self::Foreign { workflow_type };
+        }
+        if let Some(task) = &run.pending_workflow_task {
+            let attempt = task.attempt;
+            return match (task.state(), &task.started_time) {
+                (PendingWorkflowTaskState::Started, Some(started)) => {
+                    let run_id = info.execution.as_ref().map(|run| run.run_id.as_str()).unwrap_or_default();
+                    let task = format!("{run_id} {} {}.{:09}", info.history_length, started.seconds, started.nanos);
+                    Self::TaskStarted { attempt, task }
+                }
+                _ => Self::TaskScheduled { attempt },
+            };
+        }
+        match run.pending_activities.first() {
+            None => Self::Waiting,
+            Some(burst) if burst.state() == PendingActivityState::Started => Self::BurstStarted,
+            Some(burst) => Self::BurstScheduled { attempt: burst.attempt },
+        }
+    }
+}
+
+/// The name of the chat's workflow in Temporal.
+const CHAT_TYPE: &str = "chat";
 
 /// The id under which a chat's workflow runs; at most one is open.
 pub fn workflow_id(chat: ChatId) -> String {

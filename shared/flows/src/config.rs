@@ -35,7 +35,7 @@ impl Default for FlowsConfig {
             api_key_file: None,
             rpc_timeout: Duration::from_secs(5),
             linger: Duration::from_secs(4),
-            run_turns: 100,
+            run_turns: 25,
             worker: WorkerTuning::default(),
         }
     }
@@ -49,10 +49,8 @@ pub struct WorkerTuning {
     pub cached_workflows: usize,
     /// Workflow tasks at one time.
     pub workflow_slots: usize,
-    /// Model calls at one time.
+    /// Bursts of chats, and so model calls, at one time.
     pub activity_slots: usize,
-    /// Steps and dispatches at one time.
-    pub local_activity_slots: usize,
     pub workflow_pollers: usize,
     pub activity_pollers: usize,
     /// A draining worker lets model calls run so long, then they are tried again elsewhere.
@@ -66,7 +64,6 @@ impl Default for WorkerTuning {
             cached_workflows: 1000,
             workflow_slots: 200,
             activity_slots: 500,
-            local_activity_slots: 200,
             workflow_pollers: 6,
             activity_pollers: 4,
             drain: Duration::from_secs(60),

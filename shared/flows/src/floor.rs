@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     FlowsConfig, FlowsError,
     client::{WORKFLOW_TASK_TIMEOUT, connect_once},
+    watchdog::Running,
     worker::{core_runtime, deployment, poll},
 };
 
@@ -75,8 +76,12 @@ pub async fn run_floor(config: &FlowsConfig, n: usize) -> Result<Vec<Duration>, 
         .map_err(|e| FlowsError::Worker(e.to_string()))?
         .build();
     let (worker_client, worker_stop) = (client.clone(), stop.clone());
-    let worker =
-        tokio::spawn(async move { poll(runtime, worker_client, options, &worker_stop, Duration::from_secs(1)).await });
+    let worker = tokio::spawn(async move {
+        {
+            let running = Running::default();
+            poll(runtime, worker_client, options, &worker_stop, Duration::from_secs(1), &running).await
+        }
+    });
 
     let measured = measure(&client, &task_queue, n).await;
     stop.cancel();

@@ -11,10 +11,12 @@ mod driver;
 pub mod floor;
 mod meter;
 mod trace;
+mod watchdog;
 mod worker;
 pub mod workflow;
 
-pub use client::{Flows, FlowsError, workflow_id};
+pub use client::{FAILED_TASKS_MAX, Flows, FlowsError, RunState, workflow_id};
 pub use config::{FlowsConfig, WorkerTuning};
-pub use driver::{DispatchOrder, Driver, DriverError, Heart, ModelOrder, ModelOutcome, Step};
+pub use driver::{BurstEnd, BurstOrder, Driver, DriverError};
 pub use worker::run_worker;
+pub use workflow::HEARTBEAT_TIMEOUT;

@@ -26,9 +26,7 @@ impl Default for Meter {
 /// The core's name of a counter, and ours.
 fn counter(name: &str) -> Option<&'static prometheus::IntCounter> {
     Some(match name {
-        "temporal_workflow_task_execution_failed" => &declared::TEMPORAL_WORKFLOW_TASK_FAILED,
         "temporal_activity_execution_failed" => &declared::TEMPORAL_ACTIVITY_FAILED,
-        "temporal_local_activity_execution_failed" => &declared::TEMPORAL_LOCAL_ACTIVITY_FAILED,
         "temporal_sticky_cache_hit" => &declared::TEMPORAL_STICKY_HIT,
         "temporal_sticky_cache_miss" => &declared::TEMPORAL_STICKY_MISS,
         "temporal_sticky_cache_total_forced_eviction" => &declared::TEMPORAL_STICKY_EVICTED,
@@ -43,7 +41,6 @@ fn duration(name: &str) -> Option<&'static prometheus::Histogram> {
         "temporal_workflow_task_replay_latency" => &declared::TEMPORAL_WORKFLOW_TASK_REPLAY,
         "temporal_activity_schedule_to_start_latency" => &declared::TEMPORAL_ACTIVITY_SCHEDULED,
         "temporal_activity_execution_latency" => &declared::TEMPORAL_ACTIVITY_EXECUTION,
-        "temporal_local_activity_execution_latency" => &declared::TEMPORAL_LOCAL_ACTIVITY_EXECUTION,
         _ => return None,
     })
 }
@@ -74,6 +71,9 @@ impl CoreMeter for Meter {
     }
 
     fn counter(&self, params: MetricParameters) -> Counter {
+        if params.name == "temporal_workflow_task_execution_failed" {
+            return Counter::new(Arc::new(Failures));
+        }
         match counter(&params.name) {
             Some(counter) => Counter::new(Arc::new(Counting(counter))),
             None => self.nothing.counter(params),
@@ -131,6 +131,24 @@ impl MetricAttributable<Box<dyn CounterBase>> for Counting {
     }
 }
 
+/// Failed workflow tasks, by cause.
+struct Failures;
+
+impl MetricAttributable<Box<dyn CounterBase>> for Failures {
+    fn with_attributes(&self, attributes: &MetricAttributes) -> Bound<dyn CounterBase> {
+        let cause = value(attributes, "failure_reason");
+        Ok(Box::new(Failed(declared::TEMPORAL_WORKFLOW_TASK_FAILED.with_label_values(&[cause]))))
+    }
+}
+
+struct Failed(prometheus::IntCounter);
+
+impl CounterBase for Failed {
+    fn adds(&self, value: u64) {
+        self.0.inc_by(value);
+    }
+}
+
 #[derive(Clone, Copy)]
 struct Timing(&'static prometheus::Histogram);
 
@@ -168,10 +186,13 @@ struct LabelledGauge {
 
 impl MetricAttributable<Box<dyn GaugeBase>> for LabelledGauge {
     fn with_attributes(&self, attributes: &MetricAttributes) -> Bound<dyn GaugeBase> {
-        let value = match attributes {
-            MetricAttributes::NoOp(labels) => labels.get(self.label).map_or("", String::as_str),
-            _ => "",
-        };
-        Ok(Box::new(Level(self.gauge.with_label_values(&[value]))))
+        Ok(Box::new(Level(self.gauge.with_label_values(&[value(attributes, self.label)]))))
+    }
+}
+
+fn value<'a>(attributes: &'a MetricAttributes, label: &str) -> &'a str {
+    match attributes {
+        MetricAttributes::NoOp(labels) => labels.get(label).map_or("", String::as_str),
+        _ => "",
     }
 }

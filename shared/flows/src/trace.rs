@@ -3,11 +3,13 @@
 //! A signal's header does not reach the run loop, so a wake carries its `traceparent` in the payload as well; the loop
 //! puts the newest one into the context value that the interceptor below copies into each activity's header.
 
-use std::{collections::HashMap, rc::Rc};
+use std::{collections::HashMap, rc::Rc, sync::Arc};
 
 use reliant_telemetry::trace::TraceContext;
 use temporalio_common::protos::temporal::api::common::v1::Payload;
 use temporalio_sdk::{WorkflowContextKey, WorkflowContextView, workflow_interceptors::*};
+
+use crate::watchdog::Running;
 
 pub(crate) const TRACEPARENT: &str = "traceparent";
 
@@ -34,7 +36,10 @@ impl WorkflowContextKey for Current {
     type Value = Payload;
 }
 
-struct Carry;
+struct Carry {
+    running: Running,
+    workflow: Arc<str>,
+}
 
 impl WorkflowInterceptor for Carry {
     fn execute<'a>(
@@ -45,10 +50,17 @@ impl WorkflowInterceptor for Carry {
     ) -> WorkflowInterceptorFuture<'a, ExecuteWorkflowResult> {
         let parent = input.headers().get(TRACEPARENT).cloned();
         let run = next.run(input);
-        match parent {
+        let run = match parent {
             Some(parent) => WorkflowInterceptorFuture::new(ctx.with_context_value::<Current, _>(parent, run)),
             None => run,
-        }
+        };
+        let mut run = Box::pin(run);
+        WorkflowInterceptorFuture::new(std::future::poll_fn(move |task| {
+            self.running.enter(&self.workflow);
+            let polled = run.as_mut().poll(task);
+            self.running.leave();
+            polled
+        }))
     }
 
     fn schedule_activity(
@@ -62,24 +74,12 @@ impl WorkflowInterceptor for Carry {
         }
         next.run(input)
     }
-
-    fn schedule_local_activity(
-        &self,
-        ctx: WorkflowInterceptorContext,
-        mut input: ScheduleLocalActivityInput,
-        next: WorkflowNext<
-            'static,
-            ScheduleLocalActivityInput,
-            CancellableWorkflowOutboundFuture<ScheduleActivityResult>,
-        >,
-    ) -> CancellableWorkflowOutboundFuture<ScheduleActivityResult> {
-        if let Some(parent) = ctx.context_value::<Current>() {
-            input.headers_mut().insert(TRACEPARENT.to_owned(), (*Rc::clone(&parent)).clone());
-        }
-        next.run(input)
-    }
 }
 
-pub(crate) fn interceptor() -> WorkflowInterceptorConstructor {
-    WorkflowInterceptorConstructor::new(|_: &WorkflowContextView| Carry)
+/// `running` is told whose code runs.
+pub(crate) fn interceptor(running: Running) -> WorkflowInterceptorConstructor {
+    WorkflowInterceptorConstructor::new(move |view: &WorkflowContextView| Carry {
+        running: running.clone(),
+        workflow: view.workflow_id().into(),
+    })
 }

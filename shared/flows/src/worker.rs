@@ -1,10 +1,10 @@
 //! The worker: polls Temporal for workflow tasks and model calls until it is told to drain.
 
 use reliant_types::boxed;
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use reliant_telemetry::chain;
-use temporalio_client::Client;
+use temporalio_client::{Client, WorkflowTerminateOptions};
 use temporalio_common::{
     telemetry::{TelemetryOptions, metrics::CoreMeter},
     worker::{WorkerDeploymentOptions, WorkerDeploymentVersion},
@@ -12,7 +12,7 @@ use temporalio_common::{
 use temporalio_sdk::{
     Runtime, Worker, WorkerOptions,
     runtime::{
-        PollerBehavior, RuntimeOptions,
+        PollerBehavior, RuntimeOptions, WorkflowErrorType,
         worker_tuner::{FixedSizeSlotSupplier, TunerHolder},
     },
 };
@@ -20,16 +20,25 @@ use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    FlowsConfig, FlowsError, activities::Activities, client::connect_until, driver::Driver, meter::Meter, trace,
+    FlowsConfig, FlowsError,
+    activities::Activities,
+    client::connect_until,
+    driver::Driver,
+    meter::Meter,
+    trace,
+    watchdog::{self, Running, Watchdog},
     workflow::ChatWorkflow,
 };
 
-/// A workflow whose worker died is offered to all workers after this long.
-const STICKY_TIMEOUT: Duration = Duration::from_secs(1);
+/// A workflow whose worker died is offered to all workers after this long; one that is late has so long to take it without
+/// a replay.
+const STICKY_TIMEOUT: Duration = Duration::from_secs(2);
 /// The SDK's own default is 0.8 of the heartbeat timeout, too close to it.
 const HEARTBEAT_THROTTLE: Duration = Duration::from_secs(1);
 /// After the drain's limit, attempts that were told to stop have this long.
 const STOP_GRACE: Duration = Duration::from_secs(5);
+/// Of a process whose workflow code did not return.
+const EXIT_LOOPING: i32 = 70;
 const RESTART_MIN: Duration = Duration::from_millis(200);
 const RESTART_MAX: Duration = Duration::from_secs(5);
 
@@ -43,12 +52,13 @@ pub async fn run_worker(
 ) -> Result<(), FlowsError> {
     let runtime = Arc::new(core_runtime()?);
     let identity = format!("reliant-worker-{}", std::process::id());
+    let running = Running::default();
     let mut delay = RESTART_MIN;
     loop {
         let Some(client) = connect_until(&config, &identity, &drain).await else { return Ok(()) };
-        let options = chat_options(&config, driver.clone())?;
+        let options = chat_options(&config, driver.clone(), running.clone())?;
         let began = tokio::time::Instant::now();
-        let ended = poll(runtime.clone(), client, options, &drain, config.worker.drain).await;
+        let ended = poll(runtime.clone(), client, options, &drain, config.worker.drain, &running).await;
         match ended {
             _ if drain.is_cancelled() => return Ok(()),
             Ok(()) => tracing::warn!("the Temporal worker stopped by itself; starting another"),
@@ -65,7 +75,7 @@ pub async fn run_worker(
     }
 }
 
-fn chat_options(config: &FlowsConfig, driver: Arc<dyn Driver>) -> Result<WorkerOptions, FlowsError> {
+fn chat_options(config: &FlowsConfig, driver: Arc<dyn Driver>, running: Running) -> Result<WorkerOptions, FlowsError> {
     let builder = WorkerOptions::new(config.task_queue.clone())
         .max_cached_workflows(config.worker.cached_workflows)
         .sticky_queue_schedule_to_start_timeout(STICKY_TIMEOUT)
@@ -76,14 +86,17 @@ fn chat_options(config: &FlowsConfig, driver: Arc<dyn Driver>) -> Result<WorkerO
             TunerHolder::builder()
                 .workflow_task_slot_supplier(FixedSizeSlotSupplier::new(config.worker.workflow_slots))
                 .activity_task_slot_supplier(FixedSizeSlotSupplier::new(config.worker.activity_slots))
-                .local_activity_task_slot_supplier(FixedSizeSlotSupplier::new(config.worker.local_activity_slots))
+                // There are none; the tuner wants a number.
+                .local_activity_task_slot_supplier(FixedSizeSlotSupplier::new(1))
                 .nexus_task_slot_supplier(FixedSizeSlotSupplier::new(1))
                 .build(),
         )
         .workflow_task_poller_behavior(PollerBehavior::SimpleMaximum(config.worker.workflow_pollers.max(2)))
         .activity_task_poller_behavior(PollerBehavior::SimpleMaximum(config.worker.activity_pollers.max(1)))
         .deployment_options(deployment())
-        .workflow_interceptor(trace::interceptor())
+        // A run that cannot be replayed ends at once; the next wake begins another from Postgres.
+        .workflow_failure_errors(HashSet::from([WorkflowErrorType::Nondeterminism]))
+        .workflow_interceptor(trace::interceptor(running))
         .register_activities(Activities { driver });
     Ok(builder.register_workflow::<ChatWorkflow>().map_err(|e| FlowsError::Worker(e.to_string()))?.build())
 }
@@ -104,13 +117,18 @@ pub(crate) async fn poll(
     options: WorkerOptions,
     drain: &CancellationToken,
     limit: Duration,
+    running: &Running,
 ) -> Result<(), FlowsError> {
     let handle = tokio::runtime::Handle::current();
     let (done_sender, mut done) = oneshot::channel();
     let stop = drain.clone();
+    let watchdog = Watchdog::default();
+    let (alive, (thread_sender, thread)) = (watchdog.clone(), oneshot::channel());
+    let terminate = client.clone();
     std::thread::Builder::new()
         .name("reliant-workflows".to_owned())
         .spawn(move || {
+            let _ = thread_sender.send(watchdog::this_thread());
             let ended = handle.block_on(async move {
                 let mut worker =
                     Worker::new(&runtime, client, options).map_err(|e| FlowsError::Worker(e.to_string()))?;
@@ -119,7 +137,10 @@ pub(crate) async fn poll(
                     stop.cancelled().await;
                     shutdown();
                 });
-                let ended = worker.run().await.map_err(|e| FlowsError::Unavailable(e.to_string()));
+                let ended = tokio::select! {
+                    ended = worker.run() => ended.map_err(|e| FlowsError::Unavailable(e.to_string())),
+                    () = alive.alive() => Ok(()),
+                };
                 watch.abort();
                 ended
             });
@@ -127,9 +148,16 @@ pub(crate) async fn poll(
         })
         .map_err(|e| FlowsError::Worker(e.to_string()))?;
     let gone = || FlowsError::Worker("the workflow thread panicked".to_owned());
+    let looping = async {
+        match thread.await {
+            Ok(thread) => watchdog.watch(thread, running).await,
+            Err(_) => std::future::pending().await,
+        }
+    };
     tokio::select! {
         ended = &mut done => return ended.unwrap_or_else(|_| Err(gone())),
         () = drain.cancelled() => {}
+        workflow = looping => give_up(&terminate, &workflow).await,
     }
     match tokio::time::timeout(limit + STOP_GRACE, done).await {
         Ok(ended) => ended.unwrap_or_else(|_| Err(gone())),
@@ -138,6 +166,27 @@ pub(crate) async fn poll(
             Ok(())
         }
     }
+}
+
+/// The workflow's code does not return, and neither will the thread: the run is ended, so that it harms no other worker, and
+/// then this process.
+async fn give_up(client: &Client, workflow: &str) {
+    tracing::error!(
+        workflow.id = workflow,
+        "the code of a workflow does not return; its run is ended, and this process with it. The chat goes on in a new run"
+    );
+    let handle = client.get_workflow_handle::<ChatWorkflow>(workflow);
+    let options = WorkflowTerminateOptions::builder().reason("its code does not return").build();
+    match tokio::time::timeout(STOP_GRACE, handle.terminate(options)).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::error!(error = %chain(&error), workflow.id = workflow, "the run was not ended"),
+        Err(_) => tracing::error!(workflow.id = workflow, "the run was not ended in time"),
+    }
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "a thread of it can be stopped by nothing else, and holds every chat here"
+    )]
+    std::process::exit(EXIT_LOOPING);
 }
 
 pub(crate) fn core_runtime() -> Result<Runtime, FlowsError> {

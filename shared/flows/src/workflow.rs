@@ -1,51 +1,55 @@
-//! The chat's workflow: asks what to do, does it, lingers, ends.
+//! The chat's workflow: it starts a burst of work when the chat was woken, waits for the next wake, and ends.
 //!
-//! Deterministic: it looks at nothing but its signals and the results of its activities. A change of the order of its
-//! commands breaks the replay of open runs; `tests/replay.rs` keeps histories of each released shape.
+//! Deterministic: it looks at nothing but its signals, the results of its activities and the length of its history. It
+//! has no local activities: a task that they keep open while signals arrive can be decided otherwise when it is replayed.
+//! A change of the order of its commands breaks the replay of open runs, which then fail and are begun anew from Postgres;
+//! `tests/replay.rs` keeps histories of the current shape.
 
 use std::time::Duration;
 
-use reliant_types::{ChatId, TurnId};
+use reliant_types::ChatId;
 use serde::{Deserialize, Serialize};
 use temporalio_client::RetryPolicy;
 use temporalio_macros::{workflow, workflow_methods};
 use temporalio_sdk::{
-    ActivityOptions, CancellableFuture, ContinueAsNewOptions, LocalActivityOptions, SyncWorkflowContext,
-    WorkflowContext, WorkflowContextView, WorkflowResult, workflows::select,
+    ActivityOptions, ContinueAsNewOptions, SyncWorkflowContext, WorkflowContext, WorkflowContextView, WorkflowResult,
+    workflows::select,
 };
 
 use crate::{
     activities::Activities,
-    driver::{DispatchOrder, ModelOrder, Step},
+    driver::{BurstEnd, BurstOrder},
     trace,
 };
 
-/// No heartbeat of a model call for so long: it is given to another worker.
-const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(3);
-/// Above any turn's own deadline, which is what really bounds a model call.
-const MODEL_CALL_TIMEOUT: Duration = Duration::from_secs(2 * 60 * 60);
-const STEP_TIMEOUT: Duration = Duration::from_secs(10);
-const DISPATCH_TIMEOUT: Duration = Duration::from_secs(20);
+/// Without a heartbeat for this long a burst is given to another worker.
+pub const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(3);
+/// A burst that was lost again and again, or whose worker is late, gets more.
+const HEARTBEAT_TIMEOUT_MAX: Duration = Duration::from_secs(30);
+/// Above any turn's own deadline, which is what bounds a burst.
+const BURST_TIMEOUT: Duration = Duration::from_secs(2 * 60 * 60);
+/// Tries of the server, without a workflow task between them; then the workflow tries on with more patience.
+const SERVER_TRIES: u32 = 3;
 const RETRY_MIN: Duration = Duration::from_millis(50);
 const RETRY_MAX: Duration = Duration::from_secs(1);
-/// After a local activity's own retries: the workflow waits, doubling up to this.
+/// The workflow's own wait between failures doubles up to this.
 const BACKOFF_MAX: Duration = Duration::from_secs(5);
 /// A look that is due at once still lets the clock go on.
 const SLEEP_MIN: Duration = Duration::from_millis(20);
 /// A look that is due this soon is waited for; for a later one the relay wakes.
 const SLEEP_MAX: Duration = Duration::from_secs(15);
+/// A run whose history has so many events goes on as a new one: whoever replays it does so within milliseconds.
+const RUN_EVENTS_MAX: u32 = 300;
+
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ChatInput {
     pub chat: ChatId,
     pub linger_ms: u64,
     /// Turns of one run. It is part of the input, so that a replay decides as the run did.
-    #[serde(default = "usual_run_turns")]
     pub run_turns: u32,
-}
-
-/// What runs had whose input did not say it.
-fn usual_run_turns() -> u32 {
-    100
+    /// Of the first burst; zero: the usual one.
+    #[serde(default)]
+    pub heartbeat_timeout_ms: u64,
 }
 
 /// "Look again." Nothing more: what is to be done is in Postgres.
@@ -79,56 +83,43 @@ impl ChatWorkflow {
     #[run(name = "chat")]
     pub async fn run(ctx: &mut WorkflowContext<Self>) -> WorkflowResult<()> {
         let ctx = &*ctx;
-        let linger = Duration::from_millis(ctx.state(|s| s.input.linger_ms));
-        let run_turns = ctx.state(|s| s.input.run_turns).max(1);
-        let mut turns = 0;
-        let mut newest: Option<TurnId> = None;
-        // One alarm at a time: a wake leaves it running, and it only looks whether there was one. Starting and
+        let mut input = ctx.state(|s| s.input.clone());
+        let linger = Duration::from_millis(input.linger_ms);
+        let (mut turns, mut failures) = (0, 0);
+        // One alarm at a time: a wake leaves it running, and it only checks whether there was one. Starting and
         // cancelling a timer for each wait would cost the server two events each time.
         let mut alarm = None;
         let mut woken_since_alarm = false;
         loop {
-            let mut seen = ctx.state(|s| s.wakes);
-            let mut step = next_step(ctx).await;
-            let sleep = loop {
-                if step.turn().is_some_and(|turn| newest.replace(turn) != Some(turn)) {
-                    turns += 1;
+            let observed = ctx.state(|s| s.wakes);
+            let sleep = match burst(ctx, heartbeat_timeout(input.heartbeat_timeout_ms, failures)).await {
+                Ok(end) => {
+                    failures = 0;
+                    turns += end.turns;
+                    input.heartbeat_timeout_ms = end.heartbeat_timeout_ms;
+                    end.look_after_ms.map(Duration::from_millis)
                 }
-                // The turns of a chat that never idles follow one another: its run ends between two steps.
-                if turns > run_turns || ctx.continue_as_new_suggested() {
-                    break None;
-                }
-                let next = match step {
-                    Step::CallModel { turn, iteration } => call_model(ctx, turn, iteration, &mut seen).await,
-                    Step::Dispatch { turn, calls } => dispatch(ctx, turn, calls).await,
-                    Step::Wait { for_ms, .. } => break for_ms.map(Duration::from_millis),
-                    Step::Idle => break None,
-                };
-                // A wake that came meanwhile may know better than the hint.
-                step = match next {
-                    Some(next) if ctx.state(|s| s.wakes) == seen => next,
-                    _ => {
-                        seen = ctx.state(|s| s.wakes);
-                        next_step(ctx).await
-                    }
-                };
-                if ctx.cancellation_token().is_cancelled() {
-                    return Ok(());
+                Err(_) if ctx.cancellation_token().is_cancelled() => return Ok(()),
+                // An outage, or workers that die or are late: it must not fail the workflow.
+                Err(_) => {
+                    failures += 1;
+                    Some(backoff(failures))
                 }
             };
-            if ctx.cancellation_token().is_cancelled() {
-                return Ok(());
-            }
-            if turns >= run_turns || ctx.continue_as_new_suggested() {
+            // The new run begins with a burst, so that a wake that came meanwhile is answered.
+            if turns >= input.run_turns.max(1)
+                || ctx.history_length() >= RUN_EVENTS_MAX
+                || ctx.continue_as_new_suggested()
+            {
                 let _ = ctx.wait_condition(|_| ctx.all_handlers_finished()).await;
-                ctx.continue_as_new(ctx.state(|s| s.input.clone()), ContinueAsNewOptions::default())?;
+                ctx.continue_as_new(input.clone(), ContinueAsNewOptions::default())?;
             }
-            if ctx.state(|s| s.wakes) > seen {
+            if ctx.state(|s| s.wakes) > observed || sleep == Some(Duration::ZERO) {
                 continue;
             }
             if let Some(sleep) = sleep.filter(|sleep| *sleep <= SLEEP_MAX) {
                 select! {
-                    woken = ctx.wait_condition(|s| s.wakes > seen) => if woken.is_err() { return Ok(()) },
+                    woken = ctx.wait_condition(|s| s.wakes > observed) => if woken.is_err() { return Ok(()) },
                     _ = ctx.timer(sleep.max(SLEEP_MIN)) => {}
                 }
                 woken_since_alarm = true;
@@ -141,7 +132,7 @@ impl ChatWorkflow {
                     Box::pin(ctx.timer(linger))
                 });
                 let woken = select! {
-                    woken = ctx.wait_condition(|s| s.wakes > seen) => Some(woken),
+                    woken = ctx.wait_condition(|s| s.wakes > observed) => Some(woken),
                     _ = timer.as_mut() => None,
                 };
                 match woken {
@@ -162,93 +153,47 @@ impl ChatWorkflow {
 
 type Ctx = WorkflowContext<ChatWorkflow>;
 
-/// What Postgres says. Asked for ever: a failure is an outage, and must not fail the workflow.
-async fn next_step(ctx: &Ctx) -> Step {
-    let mut backoff = RETRY_MAX;
-    loop {
-        let chat = ctx.state(|s| s.input.chat);
-        let asked = traced(ctx, || ctx.execute_local_activity(Activities::next_step, chat, local(STEP_TIMEOUT)));
-        match asked.await {
-            Ok(step) => return step,
-            Err(_) if ctx.cancellation_token().is_cancelled() => return Step::Idle,
-            Err(_) => {}
-        }
-        ctx.timer(backoff).await;
-        backoff = (backoff * 2).min(BACKOFF_MAX);
-    }
-}
-
-async fn dispatch(ctx: &Ctx, turn: TurnId, calls: Vec<reliant_types::ToolCallId>) -> Option<Step> {
-    let order = DispatchOrder { chat: ctx.state(|s| s.input.chat), turn, calls };
-    let sent = traced(ctx, || ctx.execute_local_activity(Activities::dispatch, order, local(DISPATCH_TIMEOUT)));
-    match sent.await {
-        Ok(next) => Some(next),
-        Err(_) => {
-            ctx.timer(RETRY_MAX).await;
-            None
-        }
-    }
-}
-
-/// Runs the model call. A wake meanwhile is looked at once: the call goes on unless its turn is over.
-async fn call_model(ctx: &Ctx, turn: TurnId, iteration: i32, seen: &mut u64) -> Option<Step> {
-    let order = ModelOrder { chat: ctx.state(|s| s.input.chat), turn, iteration, attempt: 0 };
-    let options = ActivityOptions::with_start_to_close_timeout(MODEL_CALL_TIMEOUT)
-        .heartbeat_timeout(HEARTBEAT_TIMEOUT)
+/// One burst: all that can be done for the chat now.
+async fn burst(ctx: &Ctx, heartbeat_timeout: Duration) -> Result<BurstEnd, temporalio_sdk::ActivityExecutionError> {
+    let order = BurstOrder { chat: ctx.state(|s| s.input.chat), attempt: 0 };
+    let options = ActivityOptions::with_start_to_close_timeout(BURST_TIMEOUT)
+        .heartbeat_timeout(heartbeat_timeout)
         .retry_policy(
             RetryPolicy::builder()
                 .initial_interval(RETRY_MIN)
                 .backoff_coefficient(2.0)
                 .maximum_interval(RETRY_MAX)
+                .maximum_attempts(SERVER_TRIES)
                 .build(),
         )
         .build();
-    let mut call = Box::pin(traced(ctx, || ctx.execute_activity(Activities::call_model, order, options)));
-    let mut looked = false;
-    loop {
-        let woken = select! {
-            outcome = call.as_mut() => match outcome {
-                // What was looked at meanwhile may be newer than the hint: ask again.
-                Ok(outcome) => return outcome.next.filter(|_| !looked),
-                Err(_) => {
-                    ctx.timer(RETRY_MAX).await;
-                    return None;
-                }
-            },
-            woken = ctx.wait_condition(|s| s.wakes > *seen) => woken,
-        };
-        if woken.is_err() {
-            return None;
-        }
-        *seen = ctx.state(|s| s.wakes);
-        let step = next_step(ctx).await;
-        if step.turn() != Some(turn) {
-            call.as_ref().get_ref().cancel();
-            return Some(step);
-        }
-        looked = true;
-    }
-}
-
-/// Runs `schedule` so that the command's header carries the newest trace context.
-fn traced<R>(ctx: &Ctx, schedule: impl FnOnce() -> R) -> R {
     let traceparent = ctx.state(|s| s.traceparent.clone());
+    let schedule = || ctx.execute_activity(Activities::burst, order, options);
     if traceparent.is_empty() {
-        return schedule();
+        return schedule().await;
     }
-    ctx.with_context_value_sync::<trace::Current, R>(trace::payload(&traceparent), schedule)
+    ctx.with_context_value_sync::<trace::Current, _>(trace::payload(&traceparent), schedule).await
 }
 
-fn local(timeout: Duration) -> LocalActivityOptions {
-    LocalActivityOptions::builder()
-        .start_to_close_timeout(timeout)
-        .retry_policy(
-            RetryPolicy::builder()
-                .initial_interval(RETRY_MIN)
-                .backoff_coefficient(2.0)
-                .maximum_interval(RETRY_MAX)
-                .maximum_attempts(4)
-                .build(),
-        )
-        .build()
+/// Doubles with each failure: a worker that is starved, and not dead, must be able to finish.
+fn heartbeat_timeout(usual_ms: u64, failures: u32) -> Duration {
+    let usual = Duration::from_millis(usual_ms).clamp(HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MAX);
+    (usual * 2u32.pow(failures.min(4))).min(HEARTBEAT_TIMEOUT_MAX)
+}
+
+fn backoff(failures: u32) -> Duration {
+    (RETRY_MAX * 2u32.pow(failures.saturating_sub(1).min(4))).min(BACKOFF_MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patience_grows_with_failures_and_is_bounded() {
+        let of = |usual, failures| heartbeat_timeout(usual, failures).as_secs();
+        assert_eq!([of(0, 0), of(3000, 1), of(3000, 2), of(3000, 9)], [3, 6, 12, 30]);
+        assert_eq!([of(8000, 0), of(8000, 1), of(u64::MAX, 0)], [8, 16, 30]);
+        assert_eq!([1, 2, 3, 4, 50].map(|failures| backoff(failures).as_secs()), [1, 2, 4, 5, 5]);
+    }
 }

@@ -7,34 +7,35 @@
 use std::{
     collections::VecDeque,
     path::PathBuf,
-    sync::{Arc, Mutex},
+    str::FromStr,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, Instant},
 };
 
 use async_trait::async_trait;
 use reliant_flows::{
-    DispatchOrder, Driver, DriverError, Flows, FlowsConfig, Heart, ModelOrder, ModelOutcome, Step, run_worker,
+    BurstEnd, BurstOrder, Driver, DriverError, FAILED_TASKS_MAX, Flows, FlowsConfig, RunState, run_worker,
     workflow::ChatWorkflow,
 };
 use reliant_telemetry::trace::TraceContext;
-use reliant_types::{ChatId, ToolCallId, TurnId};
-use std::str::FromStr;
-use temporalio_client::{Client, ClientOptions, Connection, ConnectionOptions, Url};
+use reliant_types::{ChatId, TurnId};
+use temporalio_client::{Client, ClientOptions, Connection, ConnectionOptions, Url, WorkflowHistory};
+use temporalio_sdk::workflow_replayer::{WorkflowReplayer, WorkflowReplayerOptions};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-#[derive(Clone, Copy, PartialEq, Debug)]
-enum Phase {
-    Model(i32),
-    ToSend,
-    Sent,
-}
+mod poison;
+
+use poison::Poison;
 
 #[derive(Clone, Debug)]
 struct Turn {
     id: TurnId,
-    tool: bool,
-    phase: Phase,
+    /// It waits for the result of a tool.
+    waits: bool,
 }
 
 /// Postgres and everything behind it, for one chat.
@@ -43,45 +44,33 @@ struct Memory {
     turns: Mutex<VecDeque<Turn>>,
     ended: Mutex<Vec<TurnId>>,
     traces: Mutex<Vec<String>>,
-    failures: Mutex<u32>,
-    /// Model calls wait for this while it is set.
+    failures: AtomicUsize,
+    bursts: AtomicUsize,
+    /// Bursts wait for this while it is set.
     hold: Mutex<Option<Arc<Notify>>>,
-    stopped: Mutex<u32>,
+    stopped: AtomicUsize,
+    /// Turns that end in one burst.
+    turns_per_burst: usize,
     changed: Notify,
 }
 
 impl Memory {
-    fn add(&self, tool: bool) -> TurnId {
+    fn add(&self, waits: bool) -> TurnId {
         let id = TurnId::new();
-        self.turns.lock().unwrap().push_back(Turn { id, tool, phase: Phase::Model(0) });
+        self.turns.lock().unwrap().push_back(Turn { id, waits });
         id
     }
 
-    fn end(&self, id: TurnId) {
-        self.turns.lock().unwrap().retain(|turn| turn.id != id);
-        self.ended.lock().unwrap().push(id);
-        self.changed.notify_waiters();
-    }
-
     fn result(&self, id: TurnId) {
-        for turn in self.turns.lock().unwrap().iter_mut().filter(|turn| turn.id == id) {
-            turn.phase = Phase::Model(1);
-        }
+        self.turns.lock().unwrap().iter_mut().filter(|turn| turn.id == id).for_each(|turn| turn.waits = false);
     }
 
-    fn step(&self) -> Step {
-        match self.turns.lock().unwrap().front() {
-            None => Step::Idle,
-            Some(Turn { id, phase: Phase::Model(iteration), .. }) => {
-                Step::CallModel { turn: *id, iteration: *iteration }
-            }
-            Some(Turn { id, phase: Phase::ToSend, .. }) => Step::Dispatch { turn: *id, calls: vec![ToolCallId::new()] },
-            Some(Turn { id, phase: Phase::Sent, .. }) => Step::Wait { turn: *id, for_ms: None },
-        }
+    fn bursts(&self) -> usize {
+        self.bursts.load(Ordering::Relaxed)
     }
 
     async fn until(&self, what: &str, mut done: impl FnMut(&Self) -> bool) {
-        let deadline = Instant::now() + Duration::from_secs(15);
+        let deadline = Instant::now() + Duration::from_secs(30);
         while !done(self) {
             assert!(Instant::now() < deadline, "no {what}: {:?}", self.turns.lock().unwrap());
             let _ = tokio::time::timeout(Duration::from_millis(5), self.changed.notified()).await;
@@ -91,55 +80,46 @@ impl Memory {
 
 #[async_trait]
 impl Driver for Memory {
-    async fn next_step(&self, _chat: ChatId, _trace: TraceContext) -> Result<Step, DriverError> {
-        let mut failures = self.failures.lock().unwrap();
-        if *failures > 0 {
-            *failures -= 1;
+    async fn burst(
+        &self,
+        _order: BurstOrder,
+        stop: CancellationToken,
+        trace: TraceContext,
+    ) -> Result<BurstEnd, DriverError> {
+        if self.failures.try_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok() {
             return Err(DriverError::new("the database is away"));
         }
-        drop(failures);
-        Ok(self.step())
-    }
-
-    async fn call_model(
-        &self,
-        order: ModelOrder,
-        heart: Heart,
-        trace: TraceContext,
-    ) -> Result<ModelOutcome, DriverError> {
         self.traces.lock().unwrap().push(trace.traceparent);
+        self.bursts.fetch_add(1, Ordering::Relaxed);
+        self.changed.notify_waiters();
         let hold = self.hold.lock().unwrap().clone();
         if let Some(hold) = hold {
-            self.changed.notify_waiters();
             tokio::select! {
                 () = hold.notified() => {}
-                () = heart.stopped() => {
-                    *self.stopped.lock().unwrap() += 1;
+                () = stop.cancelled() => {
+                    self.stopped.fetch_add(1, Ordering::Relaxed);
                     return Err(DriverError::new("stopped"));
                 }
             }
         }
-        let tool = self.turns.lock().unwrap().iter().any(|turn| turn.id == order.turn && turn.tool);
-        if tool && order.iteration == 0 {
-            for turn in self.turns.lock().unwrap().iter_mut().filter(|turn| turn.id == order.turn) {
-                turn.phase = Phase::ToSend;
+        let mut end = BurstEnd::default();
+        let mut turns = self.turns.lock().unwrap();
+        while turns.front().is_some_and(|turn| !turn.waits) {
+            if end.turns as usize >= self.turns_per_burst.max(1) {
+                end.look_after_ms = Some(0);
+                break;
             }
-        } else {
-            self.end(order.turn);
+            end.turns += 1;
+            self.ended.lock().unwrap().extend(turns.pop_front().map(|turn| turn.id));
         }
-        Ok(ModelOutcome { next: Some(self.step()) })
-    }
-
-    async fn dispatch(&self, order: DispatchOrder, _trace: TraceContext) -> Result<Step, DriverError> {
-        for turn in self.turns.lock().unwrap().iter_mut().filter(|turn| turn.id == order.turn) {
-            turn.phase = Phase::Sent;
-        }
+        drop(turns);
         self.changed.notify_waiters();
-        Ok(self.step())
+        Ok(end)
     }
 }
 
 struct Rig {
+    config: FlowsConfig,
     flows: Flows,
     memory: Arc<Memory>,
     chat: ChatId,
@@ -155,6 +135,10 @@ async fn rig() -> Rig {
 }
 
 async fn rig_with(config: FlowsConfig) -> Rig {
+    rig_of(config, Memory::default()).await
+}
+
+async fn rig_of(config: FlowsConfig, memory: Memory) -> Rig {
     let address = std::env::var("RELIANT_TEST_TEMPORAL")
         .expect("RELIANT_TEST_TEMPORAL is the address of a Temporal to test with; `make test` sets it");
     let _ = tracing_subscriber::fmt().with_env_filter(tracing_subscriber::EnvFilter::from_default_env()).try_init();
@@ -164,7 +148,7 @@ async fn rig_with(config: FlowsConfig) -> Rig {
         linger: Duration::from_millis(300),
         ..config
     };
-    let memory = Arc::new(Memory::default());
+    let memory = Arc::new(memory);
     let drain = CancellationToken::new();
     let (worker_config, driver, token) = (config.clone(), memory.clone(), drain.clone());
     let worker = tokio::spawn(async move { run_worker(worker_config, driver, token).await.unwrap() });
@@ -173,7 +157,7 @@ async fn rig_with(config: FlowsConfig) -> Rig {
     let url = Url::from_str(&address).unwrap();
     let connection = Connection::connect(ConnectionOptions::new(url).build()).await.unwrap();
     let client = Client::new(connection, ClientOptions::new("default").build()).unwrap();
-    Rig { flows, memory, chat: ChatId::new(), client, drain, worker }
+    Rig { config, flows, memory, chat: ChatId::new(), client, drain, worker }
 }
 
 impl Rig {
@@ -218,7 +202,7 @@ async fn a_tool_turn_waits_for_its_result() {
     let rig = rig().await;
     let turn = rig.memory.add(true);
     rig.wake().await;
-    rig.memory.until("dispatch", |m| m.turns.lock().unwrap().iter().any(|t| t.phase == Phase::Sent)).await;
+    rig.memory.until("first burst", |memory| memory.bursts() == 1).await;
     rig.memory.result(turn);
     rig.wake().await;
     rig.ended(turn).await;
@@ -230,9 +214,10 @@ async fn turns_that_queue_run_in_order_and_a_closed_chat_is_started_again() {
     let rig = rig().await;
     let turns = [rig.memory.add(false), rig.memory.add(true), rig.memory.add(false)];
     rig.wake().await;
-    rig.memory.until("dispatch", |m| m.turns.lock().unwrap().iter().any(|t| t.phase == Phase::Sent)).await;
+    rig.ended(turns[0]).await;
     // Longer than the linger: the workflow completes while the tool runs, and the result starts another run.
     rig.closed().await;
+    assert_eq!(rig.flows.run_state(rig.chat).await.unwrap(), RunState::None);
     rig.memory.result(turns[1]);
     rig.wake().await;
     rig.ended(turns[2]).await;
@@ -241,50 +226,156 @@ async fn turns_that_queue_run_in_order_and_a_closed_chat_is_started_again() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_wake_during_a_call_changes_nothing_unless_the_turn_is_over() {
+async fn a_wake_during_a_burst_is_answered_by_another() {
     let rig = rig().await;
     let hold = Arc::new(Notify::new());
     *rig.memory.hold.lock().unwrap() = Some(hold.clone());
-    let first = rig.memory.add(false);
     rig.wake().await;
-    rig.memory.until("call", |m| m.traces.lock().unwrap().len() == 1).await;
-    let second = rig.memory.add(false);
-    rig.wake().await;
-    tokio::time::sleep(Duration::from_millis(200)).await;
-    assert_eq!(rig.memory.traces.lock().unwrap().len(), 1, "the first call goes on");
-    // Cancelled: the workflow turns to the next turn at once, and the old attempt is told to stop by its heartbeat.
+    rig.memory.until("burst", |memory| memory.bursts() == 1).await;
+    assert_eq!(rig.flows.run_state(rig.chat).await.unwrap(), RunState::BurstStarted);
+    for _ in 0..5 {
+        rig.wake().await;
+    }
+    assert_eq!(rig.memory.bursts(), 1, "one burst of a chat at a time");
     *rig.memory.hold.lock().unwrap() = None;
-    rig.memory.end(first);
-    rig.wake().await;
-    rig.ended(second).await;
-    rig.memory.until("stop of the first call", |m| *m.stopped.lock().unwrap() == 1).await;
-    rig.finish("cancelled_call").await;
+    hold.notify_one();
+    rig.memory.until("second burst", |memory| memory.bursts() == 2).await;
+    rig.finish("woken_burst").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_chat_that_never_idles_goes_on_in_new_runs() {
-    let rig = rig_with(FlowsConfig { run_turns: 2, ..Default::default() }).await;
-    let turns: Vec<_> = (0..8).map(|n| rig.memory.add(n == 3)).collect();
+    let config = FlowsConfig { run_turns: 4, ..Default::default() };
+    let rig = rig_of(config, Memory { turns_per_burst: 2, ..Memory::default() }).await;
+    let turns: Vec<_> = (0..16).map(|n| rig.memory.add(n == 6)).collect();
     rig.wake().await;
-    rig.memory.until("dispatch", |m| m.turns.lock().unwrap().iter().any(|t| t.phase == Phase::Sent)).await;
-    rig.memory.result(turns[3]);
+    rig.ended(turns[5]).await;
+    rig.memory.result(turns[6]);
     rig.wake().await;
-    rig.ended(turns[7]).await;
+    rig.ended(turns[15]).await;
     assert_eq!(*rig.memory.ended.lock().unwrap(), turns, "in order, each once");
     let history = rig.closed().await;
-    let calls = history.matches("ActivityTaskScheduledEventAttributes").count();
+    let bursts = history.matches("ActivityTaskScheduledEventAttributes").count();
     assert!(!history.contains(r#""continued_execution_run_id":"""#), "the last run continues another");
-    // One of them with a tool; the last run may have none, if the chat came to rest with a run's last turn.
-    assert!(calls <= 3, "a run has two turns at most: {calls} calls in the last one");
+    assert!(bursts <= 3, "a run has four turns at most: {bursts} bursts in the last one");
     rig.finish("").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_outage_of_the_database_delays_and_fails_nothing() {
     let rig = rig().await;
-    *rig.memory.failures.lock().unwrap() = 9;
+    // More than the server tries by itself.
+    rig.memory.failures.store(5, Ordering::Relaxed);
     let turn = rig.memory.add(false);
     rig.wake().await;
     rig.ended(turn).await;
     rig.finish("outage").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_burst_whose_run_was_ended_is_told_to_stop_and_a_new_run_goes_on() {
+    let rig = rig().await;
+    let hold = Arc::new(Notify::new());
+    *rig.memory.hold.lock().unwrap() = Some(hold);
+    let turn = rig.memory.add(false);
+    rig.wake().await;
+    rig.memory.until("burst", |memory| memory.bursts() == 1).await;
+    *rig.memory.hold.lock().unwrap() = None;
+    rig.flows.begin_anew(rig.chat, PARENT).await.unwrap();
+    rig.ended(turn).await;
+    rig.memory.until("stop of the first burst", |memory| memory.stopped.load(Ordering::Relaxed) == 1).await;
+    rig.finish("").await;
+}
+
+/// A run that no worker can go on with, whatever the cause, stands in nobody's way.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_poisoned_run_does_not_hold_its_chat() {
+    for poison in [Poison::OtherCommands, Poison::Panics, Poison::Deaf] {
+        let rig = rig_of(FlowsConfig::default(), Memory::default()).await;
+        rig.drain.cancel();
+        rig.worker.await.unwrap();
+        // A worker of another mind begins the run, and is gone.
+        let poisoned = poison::Worker::start(&rig.config, poison).await;
+        rig.flows.wake(rig.chat, PARENT).await.unwrap();
+        let until = async |what: &str, wanted: &dyn Fn(&RunState) -> bool| {
+            let deadline = Instant::now() + Duration::from_secs(20);
+            loop {
+                let state = rig.flows.run_state(rig.chat).await.unwrap();
+                if wanted(&state) {
+                    return;
+                }
+                assert!(Instant::now() < deadline, "{poison:?}: not {what} but {state:?}");
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        let fails = |state: &RunState| match state {
+            RunState::TaskScheduled { attempt } | RunState::TaskStarted { attempt, .. } => *attempt >= FAILED_TASKS_MAX,
+            _ => false,
+        };
+        match poison {
+            Poison::Panics => until("failing", &fails).await,
+            Poison::OtherCommands | Poison::Deaf => until("waiting", &|state| *state == RunState::Waiting).await,
+        }
+        poisoned.stop().await;
+
+        let drain = CancellationToken::new();
+        let (config, driver, token) = (rig.config.clone(), rig.memory.clone(), drain.clone());
+        let worker = tokio::spawn(async move { run_worker(config, driver, token).await.unwrap() });
+        let turn = rig.memory.add(false);
+        if poison == Poison::OtherCommands {
+            // It fails as soon as it is replayed, and then there is none: the next wake begins one.
+            rig.flows.wake(rig.chat, PARENT).await.unwrap();
+            until("ended", &|state| *state == RunState::None).await;
+            rig.flows.wake(rig.chat, PARENT).await.unwrap();
+        } else {
+            rig.flows.begin_anew(rig.chat, PARENT).await.unwrap();
+        }
+        rig.memory.until("end of the turn", |memory| memory.ended.lock().unwrap().contains(&turn)).await;
+        drain.cancel();
+        worker.await.unwrap();
+    }
+}
+
+/// Wakes at any moment, bursts of any length that fail now and then, runs that are put out of the cache all the time.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn histories_of_any_moments_replay() {
+    let mut config = FlowsConfig { run_turns: 5, ..Default::default() };
+    config.worker.cached_workflows = 2;
+    let rig = rig_with(config).await;
+    let chats: Vec<ChatId> = (0..12).map(|_| ChatId::new()).collect();
+    let seed = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos() as u64;
+    let mut random = seed;
+    let mut below = |max: u64| {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (random >> 33) % max
+    };
+    for _ in 0..400 {
+        let chat = chats[below(chats.len() as u64) as usize];
+        rig.flows.wake(chat, PARENT).await.unwrap();
+        match below(10) {
+            0 => rig.memory.failures.store(below(4) as usize, Ordering::Relaxed),
+            1 => *rig.memory.hold.lock().unwrap() = Some(Arc::new(Notify::new())),
+            2 | 3 => {
+                let held = rig.memory.hold.lock().unwrap().take();
+                held.iter().for_each(|hold| (0..20).for_each(|_| hold.notify_one()));
+                held.iter().for_each(|hold| hold.notify_waiters());
+            }
+            4 => drop(rig.memory.add(false)),
+            5 => rig.flows.begin_anew(chat, PARENT).await.unwrap(),
+            _ => {}
+        }
+        tokio::time::sleep(Duration::from_millis(below(12))).await;
+    }
+    rig.drain.cancel();
+    let mut count = 0;
+    for chat in chats {
+        let handle = rig.client.get_workflow_handle::<ChatWorkflow>(reliant_flows::workflow_id(chat));
+        let json = handle.fetch_history(Default::default()).to_json().await.unwrap();
+        let history = WorkflowHistory::from_json(&json).unwrap();
+        let options = WorkflowReplayerOptions::new().register_workflow::<ChatWorkflow>().unwrap().build();
+        let replayed = WorkflowReplayer::new(options).unwrap().replay_workflow(history).await;
+        assert!(replayed.is_ok(), "seed {seed}: {:?}\n{}", replayed.err(), String::from_utf8_lossy(&json));
+        count += 1;
+    }
+    assert_eq!(count, 12);
 }

@@ -46,12 +46,12 @@ impl Store {
         let mut tx = ChatTx::open(self, Key::Turn(turn)).await?.ok_or(StoreError::not_found("turn"))?;
         let now = tx.now;
         let row = sqlx::query!(
-            r#"WITH old AS (SELECT status, live_message_id, attempt_trace, retry_at FROM turns WHERE id = $1)
+            r#"WITH old AS (SELECT status, live_message_id, attempt_trace, retry_at, standing FROM turns WHERE id = $1)
                UPDATE turns t SET fence = fence + 1, producer = $3, live_message_id = COALESCE(t.live_message_id, $4),
                       status = 'running', started_at = COALESCE(t.started_at, $5), attempt_trace = $6,
                       placed_at = COALESCE(t.placed_at, $5), held_at = NULL,
                       deadline_at = COALESCE(deadline_at, $5 + deadline_left_ms * interval '1 millisecond'),
-                      retry_at = NULL, round_began_at = COALESCE(t.round_began_at, $5)
+                      retry_at = NULL, standing = '', round_began_at = COALESCE(t.round_began_at, $5)
                FROM old, chats c LEFT JOIN daemons d ON d.id = c.daemon_id AND d.revoked_at IS NULL
                     LEFT JOIN LATERAL (
                         SELECT k.created_at, k.dispatched_at, k.started_at, k.ended_at, a.decided_at
@@ -62,7 +62,7 @@ impl Store {
                  AND NOT EXISTS (SELECT FROM tool_calls k WHERE k.turn_id = $1 AND k.ended_at IS NULL)
                  AND NOT EXISTS (SELECT FROM turns o WHERE o.chat_id = c.id AND o.ended_at IS NULL AND o.ordinal < t.ordinal)
                RETURNING old.status <> 'running' AS "started!", old.live_message_id IS NOT NULL AS "restarted!",
-                         old.retry_at IS NOT NULL AS "waited!", t.retries, t.retry_at, t.retry_message,
+                         (old.retry_at IS NOT NULL OR old.standing <> '') AS "waited!", t.retries, t.retry_at, t.retry_message,
                          t.id, t.chat_id, t.message_id, t.ordinal, t.status, t.iteration, t.fence, t.live_message_id,
                          t.producer, t.traceparent, t.model, t.mode, t.deadline_at AS "deadline!", t.cancel_requested,
                          t.error_code, t.error_message, t.usage, t.created_at, t.started_at, t.ended_at,
@@ -121,6 +121,7 @@ impl Store {
             retry_at: row.retry_at,
             retry_message: row.retry_message,
             held_at: None,
+            standing: String::new(),
         };
         let live = current.live_message_id.ok_or(StoreError::Corrupt("an attempt without its message"))?;
         if row.started || row.waited {

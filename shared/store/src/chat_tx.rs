@@ -5,7 +5,7 @@
 use chrono::{DateTime, Utc};
 use prost::Message as _;
 use reliant_types::{
-    ApprovalId, ChatId, MessageId, ToolCallId, TurnId, UserId, boxed,
+    ApprovalId, ChatId, InstanceId, MessageId, ToolCallId, TurnId, UserId, boxed,
     pb::{self, chat_event::Kind, content_block::Block, feed_event::Kind as FeedKind},
     timestamp,
 };
@@ -14,6 +14,7 @@ use uuid::Uuid;
 
 use crate::{
     Committed, Result, Store, StoreError, Wake,
+    places::WORKER_SILENT_SECS,
     pool::Tx,
     rows::{ChatRow, clean, role_text, stop_text, usage_json},
 };
@@ -273,6 +274,7 @@ impl ChatTx {
             Hold::Unchanged | Hold::Released => None,
         };
         let wanted = i64::from(self.wake.is_some() || held_for.is_some());
+        let (mut pending, mut burst) = (false, None);
         if !events.is_empty() || !feed.is_empty() || wanted > 0 || self.touched {
             let kinds: Vec<String> = events.iter().map(|event| event_kind(event).to_owned()).collect();
             let payloads: Vec<Vec<u8>> = events.iter().map(|event| event.encode_to_vec()).collect();
@@ -280,12 +282,19 @@ impl ChatTx {
             let feed_payloads: Vec<Vec<u8>> = feed.iter().map(|event| event.encode_to_vec()).collect();
             let written = sqlx::query!(
                 r#"
-                WITH c AS (
+                WITH before AS (
+                    -- Whether a wake is under way already, and the worker that has a burst of the chat.
+                    SELECT o.wanted > o.seen AND o.held_for IS NULL AS pending, i.id AS burst
+                    FROM chats o LEFT JOIN instances i ON i.id = o.burst_by AND i.seen_at > now() - $30 * interval '1 second'
+                    WHERE o.id = $1
+                ), c AS (
                     UPDATE chats SET last_seq = last_seq + $2, last_ordinal = last_ordinal + $3, wanted = wanted + $4,
-                           wanted_at = CASE WHEN $4 > 0 THEN now() ELSE wanted_at END,
+                           wanted_at = CASE WHEN $4 > 0 AND NOT before.pending THEN now() ELSE wanted_at END,
+                           woken_at = CASE WHEN $4 > 0 AND NOT before.pending THEN now() ELSE woken_at END,
+                           wake_attempts = CASE WHEN $4 > 0 AND NOT before.pending THEN 0 ELSE wake_attempts END,
                            updated_at = CASE WHEN $5 THEN $6 ELSE updated_at END,
                            held_for = CASE WHEN $28 THEN $29::timestamptz ELSE held_for END
-                    WHERE id = $1 RETURNING user_id, last_seq
+                    FROM before WHERE id = $1 RETURNING user_id, last_seq
                 ), m AS (
                     INSERT INTO messages (id, chat_id, turn_id, ordinal, turn_ordinal, role, iteration, model, usage,
                                           stop_reason, client_message_id, body, bytes, created_at)
@@ -308,7 +317,9 @@ impl ChatTx {
                     SELECT f.id, f.feed_seq - $24 + u.n, u.kind, u.payload, $6
                     FROM f, UNNEST($25::text[], $26::bytea[]) WITH ORDINALITY AS u (kind, payload, n)
                 )
-                SELECT c.last_seq AS "last_seq!", (SELECT f.feed_seq FROM f) AS feed_seq FROM c
+                SELECT c.last_seq AS "last_seq!", (SELECT f.feed_seq FROM f) AS feed_seq,
+                       before.pending AS "pending!", before.burst AS "burst?"
+                FROM c, before
                 "#,
                 self.chat.id,
                 events.len() as i64,
@@ -339,9 +350,11 @@ impl ChatTx {
                 &rows.bytes,
                 self.hold != Hold::Unchanged,
                 held_for,
+                WORKER_SILENT_SECS,
             )
             .fetch_one(&mut *self.tx)
             .await?;
+            (pending, burst) = (written.pending, written.burst.map(InstanceId));
             let first = written.last_seq - events.len() as i64 + 1;
             for (seq, event) in (first..).zip(&mut events) {
                 event.seq = seq;
@@ -352,7 +365,9 @@ impl ChatTx {
             }
         }
         self.tx.commit().await?;
-        let wake = self.wake.map(|traceparent| Wake { chat, user, traceparent });
+        // One wake is enough for all that is wanted until somebody looks. A burst is told of each: it may wait for this one.
+        let wake = self.wake.filter(|_| burst.is_some() || !pending);
+        let wake = wake.map(|traceparent| Wake { chat, user, traceparent, burst });
         Ok(Committed { value: (), user, events, feed, wake })
     }
 }

@@ -375,7 +375,11 @@ impl Store {
                                     WHERE k.ended_at IS NULL AND k.sent = 0 AND o.daemon_id = $1)
                        ORDER BY id FOR NO KEY UPDATE
                    )
-                   UPDATE chats c SET wanted = wanted + 1, wanted_at = now() FROM waiting WHERE c.id = waiting.id
+                   UPDATE chats c SET wanted = wanted + 1,
+                          wanted_at = CASE WHEN wanted > seen THEN wanted_at ELSE now() END,
+                          woken_at = CASE WHEN wanted > seen THEN woken_at ELSE now() END,
+                          wake_attempts = CASE WHEN wanted > seen THEN wake_attempts ELSE 0 END
+                   FROM waiting WHERE c.id = waiting.id
                    RETURNING c.id, c.user_id, COALESCE((SELECT t.traceparent FROM turns t
                        WHERE t.chat_id = c.id AND t.ended_at IS NULL ORDER BY t.ordinal LIMIT 1), '') AS "traceparent!""#,
                 daemon.0,
@@ -384,7 +388,7 @@ impl Store {
             .await?;
             let woken = rows.into_iter().map(|row| {
                 let user = UserId(row.user_id);
-                let wake = Wake { chat: ChatId(row.id), user, traceparent: row.traceparent };
+                let wake = Wake { chat: ChatId(row.id), user, traceparent: row.traceparent, burst: None };
                 Committed { wake: Some(wake), ..Committed::nothing(user, ()) }
             });
             Ok(woken.collect())
@@ -405,7 +409,11 @@ async fn want_waiting(tx: &mut Tx, daemons: &[Uuid]) -> Result<()> {
                           WHERE k.ended_at IS NULL AND k.sent = 0 AND o.daemon_id = ANY($1))
              ORDER BY id FOR NO KEY UPDATE
          )
-         UPDATE chats c SET wanted = wanted + 1, wanted_at = now() FROM waiting WHERE c.id = waiting.id",
+         UPDATE chats c SET wanted = wanted + 1,
+                          wanted_at = CASE WHEN wanted > seen THEN wanted_at ELSE now() END,
+                          woken_at = CASE WHEN wanted > seen THEN woken_at ELSE now() END,
+                          wake_attempts = CASE WHEN wanted > seen THEN wake_attempts ELSE 0 END
+                   FROM waiting WHERE c.id = waiting.id",
         daemons,
     )
     .execute(&mut **tx)

@@ -2,13 +2,14 @@
 //! decision brings are written: a call that nobody will run, a turn past its limits, a clock that stops or goes on.
 
 use reliant_types::{
-    ChatId, Code, Failure, ToolCallId, TurnId, UserId, boxed, limits,
+    ChatId, Code, Failure, InstanceId, ToolCallId, TurnId, UserId, boxed, limits,
     pb::{self, chat_event::Kind},
 };
 use sqlx::PgExecutor;
+use uuid::Uuid;
 
 use crate::{
-    Committed, Result, Step, Store, StoreError,
+    Committed, Look, Observed, Result, Step, Store, StoreError,
     chat_tx::{ChatTx, Key},
     decide::{Call, Daemon, Decision, Settlement, Snapshot, Turn, decide},
     places::Places,
@@ -16,6 +17,8 @@ use crate::{
     settle::{self, Ending, TurnEnding},
 };
 
+/// Looks one after another, each of which found something new behind it.
+const LOOKS_MAX: usize = 64;
 /// Transitions of one look at a chat: each ends a call, a turn or a wait, so more is a mistake.
 const TRANSITIONS_MAX: usize = 512;
 
@@ -29,6 +32,7 @@ struct Rows {
     seen: i64,
     /// The chat waits for a place.
     held: bool,
+    burst_by: Option<InstanceId>,
 }
 
 impl Rows {
@@ -43,21 +47,69 @@ impl Rows {
 impl Store {
     /// What the chat's oldest unfinished turn needs now. `wanted` as it was read becomes `seen`.
     #[boxed]
-    pub async fn next_step(&self, chat: ChatId) -> Result<Committed<Step>> {
+    pub async fn next_step(&self, chat: ChatId, look: Look) -> Result<Committed<Step>> {
         self.run("next_step", async || {
-            let rows = read(&self.pool, &self.places, chat).await?;
-            let decision = decide(&rows.snapshot);
-            let writes = matches!(decision, Decision::Settle(_) | Decision::Fail { .. });
-            if writes || rows.new_status(&decision).is_some() {
-                return self.next_step_writing(chat).await;
+            for _ in 0..LOOKS_MAX {
+                let rows = read(&self.pool, &self.places, chat).await?;
+                let decision = decide(&rows.snapshot);
+                let writes = matches!(decision, Decision::Settle(_) | Decision::Fail { .. });
+                if writes || rows.new_status(&decision).is_some() {
+                    return self.next_step_writing(chat, look).await;
+                }
+                // What came between the two statements woke nobody: a burst was open.
+                let more = looked(&self.pool, chat, &rows, &decision, rows.wanted, look).await?;
+                if !(more && rests(&decision)) {
+                    return Ok(Committed::nothing(rows.user, step(decision, rows.snapshot.now_ms)));
+                }
             }
-            looked(&self.pool, chat, &rows, &decision, rows.wanted).await?;
-            Ok(Committed::nothing(rows.user, step(decision, rows.snapshot.now_ms)))
+            Err(StoreError::Corrupt("a chat that changes with each look"))
         })
         .await
     }
 
-    async fn next_step_writing(&self, chat: ChatId) -> Result<Committed<Step>> {
+    /// For a worker's open bursts: notes that they will look at what is wanted of their chats, and says of which something
+    /// is; and which of `turns`, whose models are being called, have ended.
+    #[boxed]
+    pub async fn observe_bursts(&self, worker: InstanceId, chats: &[ChatId], turns: &[TurnId]) -> Result<Observed> {
+        self.run("observe_bursts", async || {
+            let ids: Vec<Uuid> = chats.iter().map(|chat| chat.0).collect();
+            let turns: Vec<Uuid> = turns.iter().map(|turn| turn.0).collect();
+            let rows = sqlx::query!(
+                r#"WITH open AS (
+                       -- Chats with something new, whose burst this worker has.
+                       SELECT id FROM chats WHERE id = ANY($1) AND burst_by = $2 AND wanted > seen
+                       FOR NO KEY UPDATE SKIP LOCKED
+                   ), marked AS (
+                       UPDATE chats c SET seen = c.wanted FROM open WHERE c.id = open.id RETURNING c.id
+                   )
+                   SELECT m.id AS "chat?", NULL::uuid AS "turn?" FROM marked m
+                   UNION ALL
+                   SELECT NULL, t.id FROM turns t WHERE t.id = ANY($3) AND t.ended_at IS NOT NULL"#,
+                &ids,
+                worker.0,
+                &turns,
+            )
+            .fetch_all(&self.pool)
+            .await?;
+            Ok(Observed {
+                chats: rows.iter().filter_map(|row| row.chat.map(ChatId)).collect(),
+                ended: rows.iter().filter_map(|row| row.turn.map(TurnId)).collect(),
+            })
+        })
+        .await
+    }
+
+    /// The trace that a turn began in; empty where it is gone.
+    #[boxed]
+    pub async fn turn_trace(&self, turn: TurnId) -> Result<String> {
+        self.run("turn_trace", async || {
+            let trace = sqlx::query_scalar!("SELECT traceparent FROM turns WHERE id = $1", turn.0);
+            Ok(trace.fetch_optional(&self.pool).await?.unwrap_or_default())
+        })
+        .await
+    }
+
+    async fn next_step_writing(&self, chat: ChatId, look: Look) -> Result<Committed<Step>> {
         let mut tx = ChatTx::open(self, Key::Chat(chat)).await?.ok_or(StoreError::not_found("chat"))?;
         let mut wanted = None;
         for _ in 0..TRANSITIONS_MAX {
@@ -88,7 +140,8 @@ impl Store {
                     if let Some((turn, status)) = rows.new_status(&decision) {
                         set_status(&mut tx, turn, status).await?;
                     }
-                    looked(tx.conn(), chat, &rows, &decision, wanted).await?;
+                    // The chat's row is held: nothing comes between.
+                    looked(tx.conn(), chat, &rows, &decision, wanted, look).await?;
                     return tx.commit(step(decision, rows.snapshot.now_ms)).await;
                 }
             }
@@ -97,14 +150,35 @@ impl Store {
     }
 }
 
-/// Writes down that the chat was looked at, and takes the place that the decision needs, or stands in line for one. All
-/// of it under the chat's lock, and only if the round that was decided on is still the one that is due.
-async fn looked(db: impl PgExecutor<'_>, chat: ChatId, rows: &Rows, decision: &Decision, wanted: i64) -> Result<()> {
+/// Nothing can be done until something comes.
+fn rests(decision: &Decision) -> bool {
+    matches!(decision, Decision::Hold { .. } | Decision::Wait { .. } | Decision::Idle)
+}
+
+/// Writes down that the chat was looked at and whether a burst goes on, and takes the place that the decision needs, or
+/// stands in line for one. All of it under the chat's lock, and only if the round that was decided on is still the one that
+/// is due. Says whether more is wanted than was read.
+async fn looked(
+    db: impl PgExecutor<'_>,
+    chat: ChatId,
+    rows: &Rows,
+    decision: &Decision,
+    wanted: i64,
+    look: Look,
+) -> Result<bool> {
     let due = rows.snapshot.turn.as_ref();
-    match decision {
+    let burst = match look {
+        Look::Last(worker) if rests(decision) && rows.burst_by == Some(worker) => None,
+        // Another worker has taken the chat over, or it has no burst any more.
+        Look::Last(_) if rests(decision) => rows.burst_by,
+        Look::Within(_) if rests(decision) => rows.burst_by,
+        Look::Within(worker) | Look::Last(worker) => Some(worker),
+    };
+    let burst_by = burst.map(|worker| worker.0);
+    let more = match decision {
         Decision::CallModel { turn, iteration } if due.is_some_and(|due| !due.placed) => {
-            sqlx::query!(
-                "WITH c AS MATERIALIZED (
+            sqlx::query_scalar!(
+                r#"WITH c AS MATERIALIZED (
                      SELECT id FROM chats WHERE id = $1 FOR NO KEY UPDATE
                  ), placed AS (
                      UPDATE turns t SET placed_at = clock_timestamp(), held_at = NULL, held_ms = t.held_ms
@@ -112,20 +186,21 @@ async fn looked(db: impl PgExecutor<'_>, chat: ChatId, rows: &Rows, decision: &D
                      FROM c WHERE t.id = $3 AND t.chat_id = c.id AND t.iteration = $4 AND t.placed_at IS NULL
                        AND t.ended_at IS NULL
                  )
-                 UPDATE chats SET seen = GREATEST(seen, $2), looked_at = clock_timestamp(), held_for = NULL
-                 FROM c WHERE chats.id = c.id",
+                 UPDATE chats SET seen = GREATEST(seen, $2), looked_at = clock_timestamp(), held_for = NULL, burst_by = $5
+                 FROM c WHERE chats.id = c.id RETURNING wanted > $2 AS "more!""#,
                 chat.0,
                 wanted,
                 turn.0,
                 iteration,
+                burst_by,
             )
-            .execute(db)
-            .await?;
+            .fetch_optional(db)
+            .await?
         }
-        Decision::Hold { .. } if rows.held && rows.seen >= wanted => {}
+        Decision::Hold { .. } if rows.held && rows.seen >= wanted && rows.burst_by == burst => None,
         Decision::Hold { turn, iteration } => {
-            sqlx::query!(
-                "WITH c AS MATERIALIZED (
+            sqlx::query_scalar!(
+                r#"WITH c AS MATERIALIZED (
                      SELECT id FROM chats WHERE id = $1 FOR NO KEY UPDATE
                  ), held AS (
                      UPDATE turns t SET held_at = COALESCE(t.held_at, clock_timestamp())
@@ -133,30 +208,33 @@ async fn looked(db: impl PgExecutor<'_>, chat: ChatId, rows: &Rows, decision: &D
                        AND t.ended_at IS NULL
                      RETURNING t.created_at
                  )
-                 UPDATE chats SET seen = GREATEST(seen, $2), held_for = held.created_at FROM held WHERE chats.id = $1",
+                 UPDATE chats SET seen = GREATEST(seen, $2), held_for = held.created_at, burst_by = $5
+                 FROM held WHERE chats.id = $1 RETURNING wanted > $2 AS "more!""#,
                 chat.0,
                 wanted,
                 turn.0,
                 iteration,
+                burst_by,
             )
-            .execute(db)
-            .await?;
+            .fetch_optional(db)
+            .await?
         }
-        _ if rows.held || rows.seen < wanted => {
-            sqlx::query!(
-                "UPDATE chats SET seen = GREATEST(seen, $2), looked_at = clock_timestamp(),
-                        held_for = CASE WHEN $3 THEN NULL ELSE held_for END
-                 WHERE id = $1",
+        _ if rows.held || rows.seen < wanted || rows.burst_by != burst => {
+            sqlx::query_scalar!(
+                r#"UPDATE chats SET seen = GREATEST(seen, $2), looked_at = clock_timestamp(),
+                        held_for = CASE WHEN $3 THEN NULL ELSE held_for END, burst_by = $4
+                 WHERE id = $1 RETURNING wanted > $2 AS "more!""#,
                 chat.0,
                 wanted,
                 rows.held,
+                burst_by,
             )
-            .execute(db)
-            .await?;
+            .fetch_optional(db)
+            .await?
         }
-        _ => {}
-    }
-    Ok(())
+        _ => None,
+    };
+    Ok(more.unwrap_or_default())
 }
 
 fn step(decision: Decision, now_ms: i64) -> Step {
@@ -195,7 +273,7 @@ pub fn model_never_answered(said: &Failure) -> Failure {
 /// One statement, so that everything is of one moment.
 async fn read(db: impl PgExecutor<'_>, places: &Places, chat: ChatId) -> Result<Rows> {
     let rows = sqlx::query!(
-        r#"SELECT c.user_id, c.wanted, c.seen, c.held_for IS NOT NULL AS "held!", (extract(epoch FROM clock_timestamp()) * 1000)::bigint AS "now_ms!",
+        r#"SELECT c.user_id, c.wanted, c.seen, c.held_for IS NOT NULL AS "held!", c.burst_by, (extract(epoch FROM clock_timestamp()) * 1000)::bigint AS "now_ms!",
                   t.id AS "turn?", t.status AS "turn_status?", t.iteration AS "iteration?",
                   (extract(epoch FROM t.deadline_at) * 1000)::bigint AS deadline_ms, t.placed AS "placed?", t.free,
                   (extract(epoch FROM t.retry_at) * 1000)::bigint AS retry_ms,
@@ -271,6 +349,7 @@ async fn read(db: impl PgExecutor<'_>, places: &Places, chat: ChatId) -> Result<
         wanted: first.wanted,
         seen: first.seen,
         held: first.held,
+        burst_by: first.burst_by.map(InstanceId),
     })
 }
 

@@ -33,13 +33,43 @@ impl<T> Committed<T> {
     }
 }
 
-/// Signal-with-start of `chat:{chat}`; it carries no state.
+/// Signal-with-start of `chat:{chat}`, or a hint to the worker that has a burst of it; it carries no state.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Wake {
     pub chat: ChatId,
     pub user: UserId,
     /// Of the turn that has something to do; empty where none is known.
     pub traceparent: String,
+    /// The worker with an open burst of the chat. It looks before the burst ends, so that no signal is needed.
+    pub burst: Option<InstanceId>,
+}
+
+/// A chat that was woken and that no worker has looked at since.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unseen {
+    pub wake: Wake,
+    /// How often the relay has woken it for what is wanted, this time included.
+    pub attempts: u32,
+    /// Since something was wanted.
+    pub age: Duration,
+}
+
+/// Who looks at a chat.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Look {
+    /// In the middle of a worker's burst, which goes on.
+    Within(InstanceId),
+    /// A worker's burst that ends where nothing can be done.
+    Last(InstanceId),
+}
+
+/// What a worker's open bursts are to know.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Observed {
+    /// Their chats have something new.
+    pub chats: Vec<ChatId>,
+    /// Of the turns that were asked for: those that have ended.
+    pub ended: Vec<TurnId>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

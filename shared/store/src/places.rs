@@ -16,7 +16,7 @@ use uuid::Uuid;
 use crate::{Result, Store, Wake};
 
 /// A worker that was not heard of for longer gives no places.
-const WORKER_SILENT_SECS: f64 = 7.0;
+pub(crate) const WORKER_SILENT_SECS: f64 = 7.0;
 /// Users with held chats that one look considers; the next look goes on with those after them.
 const USERS_MAX: i64 = 500;
 /// Held chats are counted up to here.
@@ -175,7 +175,8 @@ impl Store {
                          AND t.ended_at IS NULL AND t.placed_at IS NULL
                        RETURNING t.chat_id, t.traceparent
                    ), woken AS (
-                       UPDATE chats c SET held_for = NULL, wanted = GREATEST(c.wanted, c.seen + 1), wanted_at = now()
+                       UPDATE chats c SET held_for = NULL, wanted = GREATEST(c.wanted, c.seen + 1), wanted_at = now(),
+                              woken_at = now(), wake_attempts = 0
                        FROM picked p WHERE c.id = p.id
                        RETURNING c.id, c.user_id, p.place, p.held_for
                    )
@@ -194,7 +195,7 @@ impl Store {
             .await?;
             let after = rows.first().and_then(|row| row.after).map(UserId);
             let wakes = rows.into_iter().filter_map(|row| {
-                Some(Wake { chat: ChatId(row.id?), user: UserId(row.user_id?), traceparent: row.traceparent })
+                Some(Wake { chat: ChatId(row.id?), user: UserId(row.user_id?), traceparent: row.traceparent, burst: None })
             });
             Ok(Placed { wakes: wakes.collect(), after })
         })

@@ -3,12 +3,26 @@
 
 use std::time::Duration;
 
-use reliant_types::{ChatId, DaemonId, ToolCallId, UserId, boxed};
+use reliant_types::{ChatId, DaemonId, ToolCallId, UserId, boxed, pb::chat_event::Kind};
+use uuid::Uuid;
 
-use crate::{CancelCall, Result, Store, Wake};
+use crate::{
+    CancelCall, Result, Store, StoreError, Unseen, Wake,
+    chat_tx::{ChatTx, Key},
+    places::WORKER_SILENT_SECS,
+    rows::turns,
+};
 
 /// Candidates that are ranked for fairness.
 const WINDOW: i64 = 2000;
+/// The relay's wait between wakes of one chat grows up to so many times the first one.
+const BACKOFF_FACTOR_MAX: f64 = 8.0;
+/// People told at one time why their turn stands.
+const STANDING_MAX: i64 = 50;
+const NO_WORKER: &str = "no worker is up; the turn goes on as soon as one is";
+const BUSY: &str = "no worker has taken it up yet: they are busy, or cannot reach Temporal; the turn goes on by itself";
+/// Unseen chats are counted up to here.
+const UNSEEN_COUNT_MAX: i64 = 10_000;
 /// An open turn is looked at again this often, if nothing else wakes it.
 const STALE_AFTER_SECS: f64 = 20.0;
 /// One that waits for a person or a daemon, which wake it themselves.
@@ -17,36 +31,155 @@ const WAITING_AFTER_SECS: f64 = 300.0;
 const CANCEL_AGAIN_SECS: f64 = 3.0;
 
 impl Store {
-    /// Chats with `wanted > seen` for so long that do not wait for a place. Users take turns: one's thousand chats do not delay another's first.
+    /// Chats with `wanted > seen` that do not wait for a place and that were not woken for so long; after some times for
+    /// longer each time, at random within a half, so that many do not come at once. Users take turns: one's thousand chats do not delay
+    /// another's first.
     #[boxed]
-    pub async fn unseen_chats(&self, older_than: Duration, limit: i64) -> Result<Vec<Wake>> {
+    pub async fn unseen_chats(&self, older_than: Duration, limit: i64) -> Result<Vec<Unseen>> {
         self.run("unseen_chats", async || {
-            let rows = sqlx::query!(
+            let mut rows = sqlx::query!(
                 r#"WITH ranked AS (
-                       SELECT id, row_number() OVER (PARTITION BY user_id ORDER BY wanted_at) AS rank
-                       FROM (SELECT id, user_id, wanted_at FROM chats
-                             WHERE wanted > seen AND held_for IS NULL AND wanted_at < now() - $1 * interval '1 second'
-                             ORDER BY wanted_at LIMIT $3) oldest
+                       -- Chats that are due, those that wait longest first, and the place of each among its owner's.
+                       SELECT id, row_number() OVER (PARTITION BY user_id ORDER BY woken_at) AS rank
+                       FROM (SELECT id, user_id, woken_at FROM chats
+                             WHERE wanted > seen AND held_for IS NULL
+                               AND woken_at < now() - $1 * interval '1 second' * LEAST(power(2, GREATEST(wake_attempts - 2, 0)), $4::float8)
+                                   * (1 + random() / 2 * LEAST(wake_attempts, 1))
+                             ORDER BY woken_at LIMIT $3) oldest
                    ), picked AS (
+                       -- Of them those that no other relay is waking at this moment.
                        SELECT c.id, r.rank FROM chats c JOIN ranked r ON r.id = c.id
-                       WHERE c.wanted > c.seen AND c.held_for IS NULL AND c.wanted_at < now() - $1 * interval '1 second'
-                       ORDER BY r.rank, c.wanted_at LIMIT $2 FOR NO KEY UPDATE OF c SKIP LOCKED
+                       WHERE c.wanted > c.seen AND c.held_for IS NULL AND c.woken_at < now() - $1 * interval '1 second'
+                       ORDER BY r.rank, c.woken_at LIMIT $2 FOR NO KEY UPDATE OF c SKIP LOCKED
                    )
-                   UPDATE chats c SET wanted_at = now() FROM picked p WHERE c.id = p.id
-                   RETURNING c.id, c.user_id, p.rank AS "rank!", COALESCE((SELECT t.traceparent FROM turns t
+                   UPDATE chats c SET woken_at = now(), wake_attempts = c.wake_attempts + 1 FROM picked p WHERE c.id = p.id
+                   RETURNING c.id, c.user_id, p.rank AS "rank!", c.wake_attempts,
+                       extract(epoch FROM now() - c.wanted_at)::float8 AS "age!", COALESCE((SELECT t.traceparent FROM turns t
                        WHERE t.chat_id = c.id AND t.ended_at IS NULL ORDER BY t.ordinal LIMIT 1), '') AS "traceparent!""#,
                 older_than.as_secs_f64(),
                 limit,
                 WINDOW,
+                BACKOFF_FACTOR_MAX,
             )
             .fetch_all(&self.pool)
             .await?;
-            let mut wakes: Vec<_> = rows
-                .into_iter()
-                .map(|row| (row.rank, Wake { chat: ChatId(row.id), user: UserId(row.user_id), traceparent: row.traceparent }))
-                .collect();
-            wakes.sort_by_key(|(rank, _)| *rank);
-            Ok(wakes.into_iter().map(|(_, wake)| wake).collect())
+            rows.sort_by_key(|row| row.rank);
+            let unseen = rows.into_iter().map(|row| Unseen {
+                wake: Wake {
+                    chat: ChatId(row.id),
+                    user: UserId(row.user_id),
+                    traceparent: row.traceparent,
+                    burst: None,
+                },
+                attempts: row.wake_attempts.unsigned_abs(),
+                age: Duration::try_from_secs_f64(row.age).unwrap_or_default(),
+            });
+            Ok(unseen.collect())
+        })
+        .await
+    }
+
+    /// Chats that something is wanted of and that nobody has looked at for longer than `older_than`.
+    #[boxed]
+    pub async fn count_unseen(&self, older_than: Duration) -> Result<i64> {
+        self.run("count_unseen", async || {
+            Ok(sqlx::query_scalar!(
+                r#"SELECT count(*) AS "count!" FROM (
+                       SELECT FROM chats WHERE wanted > seen AND held_for IS NULL
+                         AND wanted_at < now() - $1 * interval '1 second' LIMIT $2) u"#,
+                older_than.as_secs_f64(),
+                UNSEEN_COUNT_MAX,
+            )
+            .fetch_one(&self.pool)
+            .await?)
+        })
+        .await
+    }
+
+    /// Tells the people of those `chats` whose turn is due and that no worker has looked at for so long why that is, once.
+    /// The events are not published: whoever asks watches the logs.
+    #[boxed]
+    pub async fn tell_standing(&self, chats: &[ChatId], older_than: Duration) -> Result<()> {
+        let ids: Vec<Uuid> = chats.iter().map(|chat| chat.0).collect();
+        let due = self.run("standing_chats", async || {
+            Ok(sqlx::query!(
+                r#"SELECT c.id, (SELECT count(*) FROM instances i WHERE i.role = 'worker' AND i.drain_state = 'serving'
+                                 AND i.seen_at > now() - $3 * interval '1 second') AS "workers!"
+                   FROM chats c
+                   WHERE c.id = ANY($1) AND c.wanted > c.seen AND c.held_for IS NULL
+                     AND c.wanted_at < now() - $2 * interval '1 second'
+                     AND EXISTS (SELECT FROM turns t WHERE t.chat_id = c.id AND t.ended_at IS NULL AND t.standing = '')
+                   LIMIT $4"#,
+                &ids,
+                older_than.as_secs_f64(),
+                WORKER_SILENT_SECS,
+                STANDING_MAX,
+            )
+            .fetch_all(&self.pool)
+            .await?)
+        });
+        for row in due.await? {
+            let why = if row.workers == 0 { NO_WORKER } else { BUSY };
+            let telling = self.run("tell_standing", async || {
+                let key = Key::Chat(ChatId(row.id));
+                let mut tx = ChatTx::open(self, key).await?.ok_or(StoreError::not_found("chat"))?;
+                let told = turns!(
+                    RETURNING "UPDATE turns t SET standing = $2 FROM chats c
+                               WHERE c.id = $1 AND c.wanted > c.seen AND t.ended_at IS NULL AND t.standing = ''
+                                 AND t.id = (SELECT o.id FROM turns o WHERE o.chat_id = $1 AND o.ended_at IS NULL
+                                             ORDER BY o.ordinal LIMIT 1)",
+                    row.id,
+                    why,
+                )
+                .fetch_optional(tx.conn())
+                .await?;
+                let Some(turn) = told else { return tx.nothing(()).await };
+                tx.event(Kind::TurnChanged(turn.to_pb()));
+                tx.commit(()).await
+            });
+            let _ = telling.await?;
+        }
+        Ok(())
+    }
+
+    /// Whether something is wanted of the chat that nobody has looked at.
+    #[boxed]
+    pub async fn is_unseen(&self, chat: ChatId) -> Result<bool> {
+        self.run("is_unseen", async || {
+            let unseen = sqlx::query_scalar!(r#"SELECT wanted > seen AS "unseen!" FROM chats WHERE id = $1"#, chat.0);
+            Ok(unseen.fetch_optional(&self.pool).await?.unwrap_or_default())
+        })
+        .await
+    }
+
+    /// Chats whose model was being called by a worker that is gone, and that no other has taken over: their run was lost
+    /// with it. The wake is wanted by its row from here on.
+    #[boxed]
+    pub async fn orphaned_turns(&self, limit: i64) -> Result<Vec<Wake>> {
+        self.run("orphaned_turns", async || {
+            let rows = sqlx::query!(
+                r#"WITH gone AS (
+                       -- Chats with a turn whose worker's heartbeat is old, and of which nothing is wanted.
+                       SELECT c.id, t.traceparent FROM turns t JOIN chats c ON c.id = t.chat_id
+                       WHERE t.ended_at IS NULL AND t.producer IS NOT NULL AND c.wanted = c.seen
+                         AND NOT EXISTS (SELECT FROM instances i WHERE i.id = t.producer
+                                         AND i.seen_at > now() - $2 * interval '1 second')
+                       LIMIT $1 FOR NO KEY UPDATE OF c SKIP LOCKED
+                   )
+                   UPDATE chats c SET wanted = wanted + 1, wanted_at = now(), woken_at = now(), wake_attempts = 0
+                   FROM gone WHERE c.id = gone.id RETURNING c.id, c.user_id, gone.traceparent"#,
+                limit,
+                WORKER_SILENT_SECS,
+            )
+            .fetch_all(&self.pool)
+            .await?;
+            let wakes = rows.into_iter().map(|row| Wake {
+                chat: ChatId(row.id),
+                user: UserId(row.user_id),
+                traceparent: row.traceparent,
+                burst: None,
+            });
+            Ok(wakes.collect())
         })
         .await
     }
@@ -63,7 +196,8 @@ impl Store {
                          AND c.held_for IS NULL
                        ORDER BY t.retry_at LIMIT $2 FOR NO KEY UPDATE OF c SKIP LOCKED
                    )
-                   UPDATE chats c SET wanted = wanted + 1, wanted_at = now() FROM due WHERE c.id = due.id
+                   UPDATE chats c SET wanted = wanted + 1, wanted_at = now(), woken_at = now(), wake_attempts = 0
+                   FROM due WHERE c.id = due.id
                    RETURNING c.id, c.user_id, due.traceparent"#,
                 late.as_secs_f64(),
                 limit,
@@ -74,6 +208,7 @@ impl Store {
                 chat: ChatId(row.id),
                 user: UserId(row.user_id),
                 traceparent: row.traceparent,
+                burst: None,
             });
             Ok(wakes.collect())
         })
@@ -111,6 +246,7 @@ impl Store {
                 chat: ChatId(row.id),
                 user: UserId(row.user_id),
                 traceparent: row.traceparent,
+                burst: None,
             });
             Ok(wakes.collect())
         })

@@ -51,7 +51,7 @@ macro_rules! turns {
             crate::rows::TurnRow,
             "SELECT t.id, t.chat_id, t.message_id, t.ordinal, t.status, t.iteration, t.fence, t.live_message_id, t.producer,
                     t.traceparent, t.model, t.mode, t.cancel_requested, t.error_code, t.error_message, t.usage,
-                    t.created_at, t.started_at, t.ended_at, t.retry_at, t.retry_message, t.held_at FROM turns t " + $rest $(, $arg)*
+                    t.created_at, t.started_at, t.ended_at, t.retry_at, t.retry_message, t.held_at, t.standing FROM turns t " + $rest $(, $arg)*
         )
     };
     (RETURNING $statement:tt $(, $arg:expr)* $(,)?) => {
@@ -59,7 +59,8 @@ macro_rules! turns {
             crate::rows::TurnRow,
             $statement + " RETURNING t.id, t.chat_id, t.message_id, t.ordinal, t.status, t.iteration, t.fence, t.live_message_id,
                     t.producer, t.traceparent, t.model, t.mode, t.cancel_requested, t.error_code,
-                    t.error_message, t.usage, t.created_at, t.started_at, t.ended_at, t.retry_at, t.retry_message, t.held_at" $(, $arg)*
+                    t.error_message, t.usage, t.created_at, t.started_at, t.ended_at, t.retry_at, t.retry_message, t.held_at,
+                    t.standing" $(, $arg)*
         )
     };
 }
@@ -203,6 +204,8 @@ pub(crate) struct TurnRow {
     pub retry_message: String,
     /// It waits for a place.
     pub held_at: Option<DateTime<Utc>>,
+    /// Why it does not move though it is due.
+    pub standing: String,
 }
 
 impl TurnRow {
@@ -227,11 +230,23 @@ impl TurnRow {
             started_at: time(self.started_at),
             ended_at: time(self.ended_at),
             usage: Some(usage(&self.usage)),
-            waiting_for: waits.map(|_| self.retry_message.clone()).unwrap_or_default(),
+            waiting_for: self.waiting_for(waits.is_some()).to_owned(),
             retry_at: time(waits),
         }
     }
+
+    fn waiting_for(&self, model: bool) -> &str {
+        match () {
+            () if self.ended_at.is_some() => "",
+            () if model => &self.retry_message,
+            () if self.held_at.is_some() => HELD,
+            () => &self.standing,
+        }
+    }
 }
+
+/// A turn that waits for a place.
+const HELD: &str = "as many turns as may be are at work; this one is taken up in its turn";
 
 impl TurnRow {
     /// The model attempt under way.

@@ -107,6 +107,7 @@ async fn selecting_a_daemon_wakes_what_waits_for_one() {
     let _ = world.store().prepare_dispatches(world.chat, &calls, &[]).await.unwrap();
     let (other, _) = world.store().register_daemon(world.user, "desktop", false).await.unwrap();
     let _ = world.store().connect_daemon(hello(world.user, other, world.gateway, Incarnation::new(), 0)).await.unwrap();
+    world.seen().await;
     let chosen = world.store().select_daemon(world.user, world.chat, other, "").await.unwrap();
     assert!(chosen.wake.is_some());
     assert_eq!(world.step().await, Step::Dispatch { turn, calls: calls.clone() });

@@ -47,7 +47,7 @@ async fn send(world: &World, user: UserId) -> (ChatId, TurnId, bool) {
 }
 
 async fn step(world: &World, chat: ChatId) -> Step {
-    world.store().next_step(chat).await.unwrap().value
+    world.store().next_step(chat, Look::Within(InstanceId::new())).await.unwrap().value
 }
 
 /// Its model answers: without calls, or with one.
@@ -82,7 +82,7 @@ async fn beyond_the_room_turns_are_held_and_another_users_first_is_not() {
     // The relays pass over what is held.
     world
         .db
-        .execute("UPDATE chats SET wanted_at = now() - interval '1 hour', relayed_at = now() - interval '1 hour'")
+        .execute("UPDATE chats SET woken_at = now() - interval '1 hour', relayed_at = now() - interval '1 hour'")
         .await;
     let unseen = world.store().unseen_chats(Duration::ZERO, 100).await.unwrap();
     assert_eq!(unseen.len(), 3, "what has a place, and was not looked at");
@@ -117,9 +117,9 @@ async fn a_place_whose_wake_was_lost_is_found_by_the_relay() {
     let _ = step(&world, second).await;
     answered(&world, first, 0, Vec::new()).await;
     assert_eq!(placed(&world).await.len(), 1, "and whoever placed it dies now");
-    world.db.execute("UPDATE chats SET wanted_at = now() - interval '3 seconds'").await;
+    world.db.execute("UPDATE chats SET woken_at = now() - interval '3 seconds'").await;
     let found = world.store().unseen_chats(Duration::from_secs(2), 10).await.unwrap();
-    assert!(found.iter().any(|wake| wake.chat == second), "{found:?}");
+    assert!(found.iter().any(|found| found.wake.chat == second), "{found:?}");
     assert_eq!(step(&world, second).await, Step::CallModel { turn, iteration: 0 });
 }
 
@@ -146,7 +146,7 @@ async fn a_held_turn_may_be_cancelled_and_its_chat_archived() {
     let _ = world.store().request_cancel(world.user, turn).await.unwrap();
     assert_eq!(held(&world).await, 0, "nothing of it is left in the line, before anybody looked at the chat");
     let found = world.store().unseen_chats(Duration::ZERO, 10).await.unwrap();
-    assert!(found.iter().any(|wake| wake.chat == chat), "and a lost wake is found: {found:?}");
+    assert!(found.iter().any(|found| found.wake.chat == chat), "and a lost wake is found: {found:?}");
     assert_eq!(step(&world, chat).await, Step::Idle);
     answered(&world, running, 0, Vec::new()).await;
 }

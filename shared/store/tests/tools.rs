@@ -374,6 +374,7 @@ async fn a_cancelled_turn_ends_at_once_and_its_calls_settle_behind_it() {
     let generation = world.dispatch(calls[0]).await;
     let next = world.turn("next").await;
     let approval = world.approvals().await[0];
+    world.seen().await;
     let cancelled = world.store().request_cancel(world.user, turn).await.unwrap();
     assert!(cancelled.wake.is_some());
     assert_eq!(cancelled.value.turn.status(), pb::TurnStatus::Cancelled);

@@ -4,7 +4,7 @@
 use crate::chain;
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 
-use prometheus::{Counter, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry};
+use prometheus::{Counter, Gauge, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry};
 use std::{
     sync::LazyLock,
     time::{Duration, Instant},
@@ -47,6 +47,7 @@ kinds! {
     Counter, "counter", |n, h, _l, _b| Counter::new(n, h);
     IntCounter, "counter", |n, h, _l, _b| IntCounter::new(n, h);
     IntCounterVec, "counter", |n, h, l, _b| IntCounterVec::new(prometheus::Opts::new(n, h), l);
+    Gauge, "gauge", |n, h, _l, _b| Gauge::new(n, h);
     IntGauge, "gauge", |n, h, _l, _b| IntGauge::new(n, h);
     IntGaugeVec, "gauge", |n, h, l, _b| IntGaugeVec::new(prometheus::Opts::new(n, h), l);
     Histogram, "histogram", |n, h, _l, b| Histogram::with_opts(prometheus::HistogramOpts::new(n, h).buckets(b.to_vec()));
@@ -134,7 +135,7 @@ metrics! {
     pub static MODEL_PLACES: IntGaugeVec = ("reliant_model_places", ["state"]);
     /// Model attempts that took over from one that died or was given up.
     pub static TURN_TAKEOVERS: IntCounter = ("reliant_turn_takeovers_total", []);
-    /// Activities and local activities of chat workflows, by kind (next_step, call_model, dispatch) and outcome (ok, failed, cancelled).
+    /// Bursts of chats and their parts, by kind (burst, next_step, dispatch) and outcome (ok, failed, cancelled).
     pub static TURN_STEP: HistogramVec = ("reliant_turn_step_seconds", ["step", "outcome"], SECONDS);
 
     // --- model
@@ -212,8 +213,18 @@ metrics! {
     pub static QUEUE_LIMIT: IntGaugeVec = ("reliant_queue_limit", ["queue"]);
     /// Entries refused or dropped because a bounded queue was full, by queue.
     pub static QUEUE_REFUSED: IntCounterVec = ("reliant_queue_refused_total", ["queue"]);
-    /// Chats woken again by the relay, by reason (unseen, stale, retry; held: they got a place).
+    /// Chats woken again by the relay, by reason (unseen, stale, retry, orphaned; held: they got a place).
     pub static RELAY_REWAKES: IntCounterVec = ("reliant_relay_rewakes_total", ["reason"]);
+    /// Chats that something is wanted of and that no worker has looked at for over 10 s, while they do not wait for admission; counted up to 10,000.
+    pub static CHATS_UNSEEN: IntGauge = ("reliant_chats_unseen", []);
+    /// Unseen chats that the relay found, by what Temporal said of their run (none, waiting, task_scheduled, task_started, burst_scheduled, burst_started, foreign, unknown).
+    pub static CHATS_UNSEEN_FOUND: IntCounterVec = ("reliant_chats_unseen_found_total", ["state"]);
+    /// Runs of chats that the relay ended and began anew from Postgres, by cause (failing_tasks, lost_task, deaf, foreign).
+    pub static RUNS_BEGUN_ANEW: IntCounterVec = ("reliant_chat_runs_begun_anew_total", ["cause"]);
+    /// Model calls that this worker takes on at one time: fewer while it is late.
+    pub static WORKER_SLOTS: IntGauge = ("reliant_worker_model_slots", []);
+    /// What the median round took beside its model and its tools, of the last seconds.
+    pub static WORKER_OVERHEAD: Gauge = ("reliant_worker_round_overhead_seconds", []);
     /// Wakes of chat workflows, by outcome (ok, failed, cancelled).
     pub static WAKES: HistogramVec = ("reliant_wake_seconds", ["outcome"], SECONDS);
     /// A transaction of the store, by name and outcome (ok, refused, unavailable, failed, cancelled).
@@ -246,14 +257,10 @@ metrics! {
     pub static TEMPORAL_ACTIVITY_SCHEDULED: Histogram = ("temporal_activity_schedule_to_start_latency_seconds", [], SECONDS);
     /// An activity's work.
     pub static TEMPORAL_ACTIVITY_EXECUTION: Histogram = ("temporal_activity_execution_latency_seconds", [], LONG_SECONDS);
-    /// A local activity's work.
-    pub static TEMPORAL_LOCAL_ACTIVITY_EXECUTION: Histogram = ("temporal_local_activity_execution_latency_seconds", [], SECONDS);
-    /// Workflow tasks that failed.
-    pub static TEMPORAL_WORKFLOW_TASK_FAILED: IntCounter = ("temporal_workflow_task_execution_failed_total", []);
+    /// Workflow tasks that failed, by cause (WorkflowError, NonDeterminismError, …).
+    pub static TEMPORAL_WORKFLOW_TASK_FAILED: IntCounterVec = ("temporal_workflow_task_execution_failed_total", ["failure_reason"]);
     /// Activities that failed; most of them are tried again.
     pub static TEMPORAL_ACTIVITY_FAILED: IntCounter = ("temporal_activity_execution_failed_total", []);
-    /// Local activities that failed.
-    pub static TEMPORAL_LOCAL_ACTIVITY_FAILED: IntCounter = ("temporal_local_activity_execution_failed_total", []);
     /// Workflow tasks whose workflow was in the cache.
     pub static TEMPORAL_STICKY_HIT: IntCounter = ("temporal_sticky_cache_hit_total", []);
     /// Workflow tasks whose workflow should have been in the cache and was not.

@@ -25,8 +25,8 @@ pub mod span {
     /// The call to Temporal that carries a wake.
     pub const TEMPORAL_WAKE: &str = "temporal.api.workflowservice.v1.WorkflowService/SignalWithStartWorkflowExecution";
     pub const TURN_NEXT_STEP: &str = "turn.next_step";
-    /// The activity that runs model rounds. The rounds stand beside it: what it began must not hang on it.
-    pub const TURN_CALL_MODEL: &str = "turn.call_model";
+    /// The activity that does what a chat needs. The rounds stand beside it: what it began must not hang on it.
+    pub const TURN_BURST: &str = "turn.burst";
     /// A worker takes a model round up; a later attempt of the same round links to it.
     pub const TURN_CLAIM: &str = "turn.claim";
     /// One fenced attempt of one model round, around its model call.
@@ -74,7 +74,7 @@ pub mod span {
         TURN_WAKE,
         TEMPORAL_WAKE,
         TURN_NEXT_STEP,
-        TURN_CALL_MODEL,
+        TURN_BURST,
         TURN_CLAIM,
         TURN_ROUND,
         TURN_DISPATCH,

@@ -33,17 +33,17 @@ pub struct Builds {
 }
 
 impl Builds {
-    /// `$RELIANT_COMPARE_DIR`, or beside the other things that are built.
+    /// `$COMPARE_DIR`, or beside the other things that are built.
     pub fn usual_dir() -> Result<PathBuf> {
-        if let Some(dir) = std::env::var_os("RELIANT_COMPARE_DIR") {
+        if let Some(dir) = std::env::var_os("COMPARE_DIR") {
             return Ok(dir.into());
         }
-        let home = std::env::var_os("HOME").context("HOME is not set; set RELIANT_COMPARE_DIR to a directory")?;
+        let home = std::env::var_os("HOME").context("HOME is not set; set COMPARE_DIR to a directory")?;
         Ok(Path::new(&home).join(".cache/reliant/compare"))
     }
 
     pub fn open(root: &Path, dir: &Path) -> Result<Self> {
-        let cannot = || format!("{} cannot be used; set RELIANT_COMPARE_DIR to another directory", dir.display());
+        let cannot = || format!("{} cannot be used; set COMPARE_DIR to another directory", dir.display());
         fs::create_dir_all(dir).with_context(cannot)?;
         let lock = File::create(dir.join("lock")).with_context(cannot)?;
         match lock.try_lock() {
@@ -80,7 +80,7 @@ impl Builds {
         let free = free_bytes(&self.dir);
         ensure!(
             free >= FREE_MIN_BYTES,
-            "{} has {} MiB free; a build needs {} MiB. Remove {} or set RELIANT_COMPARE_DIR to another disk",
+            "{} has {} MiB free; a build needs {} MiB. Remove {} or set COMPARE_DIR to another disk",
             self.dir.display(),
             free >> 20,
             FREE_MIN_BYTES >> 20,

@@ -117,7 +117,11 @@ async fn measure(
         }
     }
     let ours = cpu::tree_ms(std::process::id()) - ours;
-    let others = ((cpu::machine_ms() - busy - ours) / 1000.0 / begun.elapsed().as_secs_f64()).max(0.0);
+    // Servers of whole runs have ended, and took what they used with them.
+    let others = benches[0].has_slices().then(|| {
+        let others = cpu::machine_ms() - busy - ours;
+        (others / 1000.0 / begun.elapsed().as_secs_f64()).max(0.0)
+    });
     for bench in benches {
         bench.stop().await;
     }

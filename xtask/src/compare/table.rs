@@ -57,8 +57,9 @@ impl Table {
         }
     }
 
-    /// Prints each figure's ratio and the conclusion, and writes both. `others`: cores that other programs used meanwhile.
-    pub fn tell(&self, commits: &[Commit; 2], others: f64, out: &Path) -> Result<Conclusion> {
+    /// Prints each figure's ratio and the conclusion, and writes both. `others`: cores that other programs used meanwhile,
+    /// where that is known.
+    pub fn tell(&self, commits: &[Commit; 2], others: Option<f64>, out: &Path) -> Result<Conclusion> {
         ensure!(!self.0.is_empty(), "the two have no figure in common");
         println!(
             "\n  {:<36} {:>9} {:>9} {:>7}  {:>15}",
@@ -100,7 +101,10 @@ impl Table {
                 json!({ "a": a, "b": b, "ratio": middle, "low": low, "high": high, "pairs": pairs, "verdict": word }),
             );
         }
-        println!("\n  other programs used {others:.2} cores meanwhile");
+        println!();
+        if let Some(others) = others {
+            println!("  other programs used {others:.2} cores meanwhile");
+        }
         let conclusion = if !worse.is_empty() {
             Conclusion::Worse
         } else if !uneven.is_empty() || judged == 0 || unclear.len() * 2 > judged {

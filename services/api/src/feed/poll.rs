@@ -1,4 +1,5 @@
-//! Finds publishes that were lost and that nothing followed: one batched question a second over what has viewers here.
+//! Finds publishes that were lost and that nothing followed, and turns that stand still: batched questions, once a second, over
+//! what has viewers here.
 
 use std::{sync::Arc, time::Duration};
 
@@ -9,6 +10,8 @@ use tokio::time::{MissedTickBehavior, interval};
 use super::{hub::Hub, table::Command};
 
 const INTERVAL: Duration = Duration::from_secs(1);
+/// A turn that is due and that no worker has looked at for so long: its person is told why.
+const STANDS_AFTER: Duration = Duration::from_secs(10);
 /// Subjects of one question.
 const BATCH_MAX: usize = 10_000;
 
@@ -35,6 +38,8 @@ async fn look(hub: &Hub, log_epoch: &mut Option<i64>) -> Result<(), StoreError> 
     for batch in chats.chunks(BATCH_MAX) {
         let ids: Vec<_> = batch.iter().map(|((_, chat), _)| *chat).collect();
         let last: std::collections::HashMap<_, _> = hub.deps.store.last_seqs(&ids).await?.into_iter().collect();
+        // What it writes is found by the next look.
+        hub.deps.store.tell_standing(&ids, STANDS_AFTER).await?;
         for (key, seq) in batch {
             // A log that is shorter than what was given out is another log.
             match last.get(&key.1) {

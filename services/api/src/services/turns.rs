@@ -4,7 +4,7 @@
 use std::{sync::Arc, time::Duration};
 
 use futures::StreamExt as _;
-use reliant_bus::{Bus, CancelSubject, ToolSubject};
+use reliant_bus::{BurstSubject, Bus, ToolSubject};
 use reliant_middleware::Principal;
 use reliant_rpc::turn_service_server::TurnService;
 use reliant_store::{CancelCall, CancelOutcome};
@@ -44,12 +44,12 @@ impl Turns {
         let CancelOutcome { turn, producer, calls } = self.0.effects.after(committed);
         if producer.is_some() || !calls.is_empty() {
             let trace = hop_span(tracing::info_span!("turn.cancel", turn.id = %turn.id));
-            let (app, turn_id) = (self.0.clone(), turn.id.clone());
+            let (app, turn_id, chat_id) = (self.0.clone(), turn.id.clone(), turn.chat_id.clone());
             self.0.effects.spawn("cancel", async move {
                 if let Some(producer) = producer {
-                    let subject = CancelSubject { producer: producer.into() };
-                    let hint = pb::CancelTurnHint { turn_id };
-                    let sent = Bus::context_below::<CancelSubject>(&trace);
+                    let subject = BurstSubject { worker: producer.into() };
+                    let hint = pb::BurstHint { chat_id, cancelled_turn_id: turn_id };
+                    let sent = Bus::context_below::<BurstSubject>(&trace);
                     if let Err(error) = app.effects.bus().publish_with(&sent, &subject, &hint).await {
                         tracing::debug!(error = %chain(&error), "a producer was not told of a cancel; its next write will tell it");
                     }

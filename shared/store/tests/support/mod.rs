@@ -117,7 +117,7 @@ impl World {
     }
 
     pub async fn step(&self) -> Step {
-        self.store().next_step(self.chat).await.unwrap().value
+        self.store().next_step(self.chat, Look::Within(self.worker)).await.unwrap().value
     }
 
     pub async fn claim(&self, turn: TurnId, iteration: i32) -> Attempt {
@@ -126,7 +126,13 @@ impl World {
         attempt
     }
 
+    /// As if a worker had looked at all that was wanted.
+    pub async fn seen(&self) {
+        self.db.execute("UPDATE chats SET seen = wanted").await;
+    }
+
     pub async fn claim_unread(&self, turn: TurnId, iteration: i32) -> Attempt {
+        self.seen().await;
         match self.store().claim_attempt(turn, iteration, self.worker, &Default::default()).await.unwrap().value {
             Claim::Claimed(attempt) => *attempt,
             other => panic!("the round could not be claimed: {other:?}"),

@@ -41,7 +41,7 @@ fn common(spans: &[Span]) {
     way(spans, &[ASK, CALL, (SEND, "server", "api")]);
     way(spans, &[ASK, CALL, ACCEPT, WAKE, ("turn.next_step", "internal", "worker")]);
     way(spans, &[WAKE, (span::TEMPORAL_WAKE, "client", "api")]);
-    way(spans, &[WAKE, ("turn.call_model", "internal", "worker")]);
+    way(spans, &[WAKE, ("turn.burst", "internal", "worker")]);
     way(spans, &[ACCEPT, WAKE, CLAIM, ROUND, ("chat default", "client", "worker")]);
     way(spans, &[CLAIM, ("model.send", "producer", "worker"), ("model_sim.answer", "server", "model-sim")]);
     let publish = ("publish reliant.v1.update.{user}.{chat}", "producer", "worker");
