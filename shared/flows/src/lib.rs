@@ -9,6 +9,7 @@ mod client;
 mod config;
 mod driver;
 pub mod floor;
+pub mod histories;
 mod meter;
 mod trace;
 mod watchdog;
