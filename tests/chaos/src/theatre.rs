@@ -56,7 +56,8 @@ impl Theatre {
     pub async fn open_with(cast: &Cast, seed: u64, config: &str) -> Result<Self> {
         let begun = Instant::now();
         let Cast { apis, workers, gateways, .. } = *cast;
-        let options = ArenaOptions { apis, workers, gateways, config: format!("{CONFIG}\n{config}") };
+        let config = format!("{CONFIG}\n{config}");
+        let options = ArenaOptions { apis, workers, gateways, config, ..ArenaOptions::default() };
         let arena = Arena::start(options).await.context("the mesh did not start")?;
         say(&format!("logs are in {}", arena.logs().display()));
         let (ledger, tally) = (Arc::new(Ledger::default()), Arc::new(Tally::default()));

@@ -4,7 +4,17 @@
 //! A process under a fault is claimed, so that one fault at a time is its own; what dies unclaimed has died by itself,
 //! and is told of.
 
-use std::{collections::HashSet, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::HashSet,
+    io::{Read as _, Seek as _, SeekFrom},
+    net::SocketAddr,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result};
 use parking_lot::Mutex;
@@ -23,10 +33,15 @@ use crate::{
 };
 
 const DATABASE: &str = "arena";
+const TASK_QUEUE: &str = "arena";
 const TOKEN_TTL: Duration = Duration::from_secs(6 * 3600);
 const CONNECT_PATIENCE: Duration = Duration::from_secs(60);
 /// Of one start; a role that waits for a server under a fault is given the time.
 pub(crate) const START_PATIENCE: Duration = Duration::from_secs(90);
+/// Of the log of a role that ended by itself.
+const COLLAPSE_LINES: usize = 8;
+/// Read from the end of a log at most.
+const LOG_TAIL_MAX_BYTES: u64 = 4 * 1024 * 1024;
 const SUPERVISE_EVERY: Duration = Duration::from_millis(250);
 /// Calls of people are tried again as long as a fault lasts, and longer.
 const CALL_DEADLINE: Duration = Duration::from_secs(180);
@@ -38,11 +53,13 @@ pub struct ArenaOptions {
     pub gateways: usize,
     /// More TOML for all roles.
     pub config: String,
+    /// Postgres waits for its disk at each commit, as in production; without it a slow disk is not noticed.
+    pub durable: bool,
 }
 
 impl Default for ArenaOptions {
     fn default() -> Self {
-        Self { apis: 2, workers: 3, gateways: 2, config: String::new() }
+        Self { apis: 2, workers: 3, gateways: 2, config: String::new(), durable: false }
     }
 }
 
@@ -58,10 +75,22 @@ pub struct Supervised {
     pub(crate) admin: Option<SocketAddr>,
     /// Of a daemon.
     pub(crate) state_dir: Option<PathBuf>,
+    log: PathBuf,
     pub(crate) process: tokio::sync::Mutex<RoleProcess>,
 }
 
 impl Supervised {
+    pub async fn pid(&self) -> u32 {
+        self.process.lock().await.pid()
+    }
+
+    /// The last lines of its log.
+    #[boxed]
+    pub async fn log_tail(&self, lines: usize) -> String {
+        let log = self.log.clone();
+        tokio::task::spawn_blocking(move || last_lines(&log, lines)).await.unwrap_or_default()
+    }
+
     /// What the role says of a metric without labels.
     #[boxed]
     pub async fn metric(&self, name: &str) -> Result<f64> {
@@ -122,6 +151,7 @@ pub struct Arena {
     pub(crate) links: Mutex<Vec<Arc<Link>>>,
     pub(crate) collapses: Mutex<Vec<Collapse>>,
     claimed: Mutex<HashSet<Peer>>,
+    pub(crate) server_faults: AtomicU64,
     hosts: Mutex<Vec<Arc<Supervised>>>,
     apis: Vec<(String, SocketAddr)>,
     gateways: Vec<(String, SocketAddr)>,
@@ -148,7 +178,8 @@ impl Arena {
     pub async fn start(options: ArenaOptions) -> Result<Arc<Self>> {
         init();
         let dir = TempDir::with_prefix("reliant-arena-")?;
-        let stack = Stack::start(StackConfig::for_tests(dir.path().join("servers"))).await?;
+        let servers = StackConfig { durable: options.durable, ..StackConfig::for_tests(dir.path().join("servers")) };
+        let stack = Stack::start(servers).await?;
         stack.create_database(DATABASE).await?;
         let database_url = stack.database_url(DATABASE);
         let store =
@@ -198,7 +229,7 @@ impl Arena {
             dir: dir.path().to_owned(),
             database_url: database_url.clone(),
             temporal_address: stack.temporal_address.clone(),
-            task_queue: "arena".to_owned(),
+            task_queue: TASK_QUEUE.to_owned(),
             jwt_key_file,
             apis: options.apis,
             workers: options.workers,
@@ -234,6 +265,7 @@ impl Arena {
             links: Mutex::new(links),
             collapses: Mutex::default(),
             claimed: Mutex::default(),
+            server_faults: AtomicU64::new(0),
             hosts: Mutex::default(),
             apis,
             gateways,
@@ -259,6 +291,20 @@ impl Arena {
     /// Where the roles' logs are.
     pub fn logs(&self) -> PathBuf {
         self.dir.path().join("logs")
+    }
+
+    /// Where Postgres and Temporal keep their data.
+    pub fn servers_dir(&self) -> &std::path::Path {
+        self.stack.data_dir()
+    }
+
+    /// Temporal itself, past every proxy, as `http://host:port`.
+    pub fn temporal_url(&self) -> String {
+        format!("http://{}", self.stack.temporal_address)
+    }
+
+    pub fn task_queue(&self) -> &'static str {
+        TASK_QUEUE
     }
 
     /// Keeps the directory with all logs when the arena ends.
@@ -362,6 +408,16 @@ impl Arena {
         new.then(|| Claim { arena: self.clone(), peer })
     }
 
+    /// What is under a fault now, or is being started again after one.
+    pub fn claimed(&self) -> Vec<Peer> {
+        self.claimed.lock().iter().cloned().collect()
+    }
+
+    /// How many faults servers have had so far; two equal readings with none under way mean that there was none between.
+    pub fn server_faults(&self) -> u64 {
+        self.server_faults.load(Ordering::Relaxed)
+    }
+
     pub fn collapses(&self) -> Vec<Collapse> {
         self.collapses.lock().clone()
     }
@@ -375,7 +431,7 @@ impl Arena {
             }
             drop(process);
             let Some(claim) = self.claim(&Node::Role(role.clone())) else { continue };
-            let log_tail = tail(&role.process.lock().await.log());
+            let log_tail = role.log_tail(COLLAPSE_LINES).await;
             self.collapses.lock().push(Collapse { name: role.name.clone(), log_tail });
             let arena = self.clone();
             tokio::spawn(async move {
@@ -424,13 +480,23 @@ fn supervised(kind: &'static str, process: RoleProcess) -> Supervised {
         address,
         admin: addresses.admin,
         state_dir: None,
+        log: process.log(),
         process: tokio::sync::Mutex::new(process),
     }
 }
 
-fn tail(log: &std::path::Path) -> String {
-    let text = std::fs::read(log).unwrap_or_default();
-    let text = String::from_utf8_lossy(&text);
-    let lines: Vec<&str> = text.lines().collect();
-    lines[lines.len().saturating_sub(8)..].join("\n")
+/// Reads no more of a log than its end.
+fn last_lines(log: &std::path::Path, lines: usize) -> String {
+    let read = || -> std::io::Result<Vec<u8>> {
+        let mut file = std::fs::File::open(log)?;
+        let length = file.metadata()?.len();
+        file.seek(SeekFrom::Start(length.saturating_sub(LOG_TAIL_MAX_BYTES)))?;
+        let mut bytes = Vec::new();
+        file.take(LOG_TAIL_MAX_BYTES).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    };
+    let bytes = read().unwrap_or_default();
+    let text = String::from_utf8_lossy(&bytes);
+    let all: Vec<&str> = text.lines().collect();
+    all[all.len().saturating_sub(lines)..].join("\n")
 }

@@ -1,7 +1,10 @@
 //! Faults: done to a process at once, and undone later.
 
 use reliant_types::boxed;
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, bail};
 use reliant_daemon::journal::JOURNAL_FILE;
@@ -47,6 +50,9 @@ pub struct Strike {
 impl Arena {
     /// Does it now. The process must be claimed; the claim ends when all is well again.
     pub async fn strike(self: &Arc<Self>, claim: Claim, node: &Node, fault: &Fault) -> Result<Strike> {
+        if matches!(node, Node::Server(_)) {
+            self.server_faults.fetch_add(1, Ordering::Relaxed);
+        }
         let mut layers = Vec::new();
         let mut ending = None;
         match (fault, node) {

@@ -14,7 +14,7 @@ mod wait;
 pub use arena::{Arena, ArenaOptions, Claim, Collapse, Host, Node, Supervised, Visitor};
 pub use fault::{Fault, Strike};
 pub use link::{Layer, Link, Peer};
-pub use observer::{CallLook, Hold, LeaseLook, LogLook, Observer, StoredMessage, TurnLook};
+pub use observer::{CallLook, Hold, LeaseLook, LogLook, Observer, StoredMessage, TurnLook, UnseenChat};
 pub use proxy::{Network, Proxy};
 pub use rig::{DaemonOptions, Person, Rig, RigOptions, TestDaemon, binary as reliant_binary, init, tools_dir};
 pub use sink::{Sink, sink};

@@ -1,9 +1,10 @@
 //! Reads Postgres by itself, over its own connections and past every proxy: what a test believes of the system must not
 //! come from the code it tests.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result};
+use parking_lot::Mutex;
 use prost::Message as _;
 use reliant_types::{ChatId, TurnId, boxed, pb};
 use sqlx::{
@@ -18,6 +19,18 @@ const LOOK_PATIENCE: Duration = Duration::from_secs(5);
 #[derive(Clone, Debug)]
 pub struct Observer {
     pool: PgPool,
+    /// Chats whose row a test holds, once per hold.
+    held: Arc<Mutex<Vec<ChatId>>>,
+}
+
+/// A chat for which work was requested that no worker has looked at yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct UnseenChat {
+    pub chat: ChatId,
+    pub wanted: i64,
+    pub seen: i64,
+    /// A test holds its row, so no worker can write that it looked.
+    pub held: bool,
 }
 
 /// A turn's rows at one moment.
@@ -66,6 +79,29 @@ pub struct CallLook {
 pub struct Hold {
     tx: Transaction<'static, Postgres>,
     pid: i32,
+    _listed: ListedHold,
+}
+
+/// The chat's entry among those that are held, for as long as it lives.
+struct ListedHold {
+    chat: ChatId,
+    held: Arc<Mutex<Vec<ChatId>>>,
+}
+
+impl ListedHold {
+    fn new(chat: ChatId, held: Arc<Mutex<Vec<ChatId>>>) -> Self {
+        held.lock().push(chat);
+        Self { chat, held }
+    }
+}
+
+impl Drop for ListedHold {
+    fn drop(&mut self) {
+        let mut held = self.held.lock();
+        if let Some(at) = held.iter().position(|chat| *chat == self.chat) {
+            held.swap_remove(at);
+        }
+    }
 }
 
 impl Hold {
@@ -131,7 +167,7 @@ impl Observer {
         let options = options.application_name("observer").statement_cache_capacity(64);
         let pool =
             PgPoolOptions::new().max_connections(16).acquire_timeout(LOOK_PATIENCE).connect_with(options).await?;
-        Ok(Self { pool })
+        Ok(Self { pool, held: Arc::default() })
     }
 
     /// The turn now; an error while Postgres is away.
@@ -225,11 +261,12 @@ impl Observer {
     /// Takes the chat's row, as a writer would, so that the next one waits.
     #[boxed]
     pub async fn hold_chat(&self, chat: ChatId) -> Result<Hold> {
+        let listed = ListedHold::new(chat, self.held.clone());
         let held = async {
             let mut tx = self.pool.begin().await?;
             sqlx::query("SELECT 1 FROM chats WHERE id = $1 FOR NO KEY UPDATE").bind(chat.0).fetch_one(&mut *tx).await?;
             let pid = sqlx::query_scalar("SELECT pg_backend_pid()").fetch_one(&mut *tx).await?;
-            anyhow::Ok(Hold { tx, pid })
+            anyhow::Ok(Hold { tx, pid, _listed: listed })
         };
         tokio::time::timeout(LOOK_PATIENCE, held).await.context("the row was not to be had")?
     }
@@ -244,6 +281,52 @@ impl Observer {
         let ports = query.bind(hold.pid).fetch_all(&self.pool);
         let ports = tokio::time::timeout(LOOK_PATIENCE, ports).await.context("Postgres did not answer")??;
         Ok(ports.into_iter().filter_map(|port| u16::try_from(port).ok()).collect())
+    }
+
+    // ---- what is watched while a test runs
+
+    /// Chats with `wanted > seen` now; an error while Postgres is away.
+    #[boxed]
+    pub async fn unseen_chats(&self) -> Result<Vec<UnseenChat>> {
+        // Read before the rows: a hold that ends meanwhile may be the reason for what they say.
+        let held = self.held.lock().clone();
+        let query = sqlx::query("SELECT id, wanted, seen FROM chats WHERE wanted > seen").fetch_all(&self.pool);
+        let rows = tokio::time::timeout(LOOK_PATIENCE, query).await.context("Postgres did not answer")??;
+        let unseen = rows.iter().map(|row| {
+            let chat = ChatId(row.try_get("id")?);
+            Ok(UnseenChat {
+                chat,
+                wanted: row.try_get("wanted")?,
+                seen: row.try_get("seen")?,
+                held: held.contains(&chat),
+            })
+        });
+        unseen.collect()
+    }
+
+    /// The chat's row, its newest turns and their tool calls, as JSON for people.
+    #[boxed]
+    pub async fn chat_rows(&self, chat: ChatId) -> Result<String> {
+        let query = sqlx::query_scalar(
+            "WITH newest AS (SELECT * FROM turns WHERE chat_id = $1 ORDER BY ended_at IS NULL DESC, ordinal DESC LIMIT 20)
+             SELECT jsonb_pretty(jsonb_build_object(
+                 'now', clock_timestamp(),
+                 'chat', (SELECT to_jsonb(c) FROM chats c WHERE c.id = $1),
+                 'turns', (SELECT jsonb_agg(to_jsonb(n) ORDER BY n.ordinal) FROM newest n),
+                 'tool_calls', (SELECT jsonb_agg(to_jsonb(k)) FROM tool_calls k JOIN newest n ON n.id = k.turn_id)))",
+        );
+        let rows = query.bind(chat.0).fetch_one(&self.pool);
+        Ok(tokio::time::timeout(LOOK_PATIENCE, rows).await.context("Postgres did not answer")??)
+    }
+
+    /// Notices of the chat that say that a prompt was shortened: one per turn in which it was.
+    #[boxed]
+    pub async fn shortened_turns(&self, chat: ChatId) -> Result<i64> {
+        let query = sqlx::query_scalar(
+            "SELECT count(DISTINCT turn_id) FROM messages
+             WHERE chat_id = $1 AND role = 'notice' AND body LIKE '%outgrown the model''s window%'",
+        );
+        Ok(query.bind(chat.0).fetch_one(&self.pool).await?)
     }
 
     // ---- what is checked when all is over
