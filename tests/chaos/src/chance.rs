@@ -1,6 +1,6 @@
 //! Chance that can be had again: everything sampled in a campaign comes from its seed.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// SplitMix64: small, even, and the same on every machine.
 #[derive(Debug, Clone)]
@@ -40,9 +40,30 @@ impl Chance {
     }
 }
 
+/// A seed of this moment and this process, short enough to be typed again.
+pub fn clock_seed() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    seed_of(now, std::process::id())
+}
+
+fn seed_of(now: Duration, process: u32) -> u64 {
+    let nanoseconds = u64::try_from(now.as_nanos()).unwrap_or_default();
+    Chance::new(nanoseconds, u64::from(process)).next() >> 32
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn seeds_differ_by_moment_and_process() {
+        let now = Duration::from_secs(1_800_000_000);
+        let mut seeds = vec![seed_of(now, 1), seed_of(now, 2), seed_of(now + Duration::from_nanos(1), 1)];
+        assert!(seeds.iter().all(|seed| *seed <= u64::from(u32::MAX)));
+        seeds.sort_unstable();
+        seeds.dedup();
+        assert_eq!(seeds.len(), 3);
+    }
 
     #[test]
     fn a_seed_says_it_all() {

@@ -10,14 +10,26 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     chance::Chance,
+    conditions::Conditions,
     report::Tally,
     scripts::{call, last, message, round},
-    seat::{Ledger, Seat},
+    seat::{Accepted, Ledger, Seat},
     step::describe,
 };
 
 /// As for the chats that faults are aimed at, and the fault of another on top.
 const END_PATIENCE: Duration = Duration::from_secs(240);
+
+/// What all chats of a campaign share.
+#[derive(Clone, Copy)]
+pub struct Context<'a> {
+    pub arena: &'a Arena,
+    pub conditions: &'a Arc<Conditions>,
+    pub ledger: &'a Ledger,
+    pub tally: &'a Tally,
+    /// Told: no new turn.
+    pub stop: &'a CancellationToken,
+}
 
 pub struct Neighbour {
     pub visitor: Visitor,
@@ -39,13 +51,14 @@ impl Neighbour {
     }
 
     /// Until told to stop, and then to the end of the last turn.
-    pub async fn live(&self, arena: &Arena, seed: u64, ledger: &Ledger, tally: &Tally, stop: &CancellationToken) {
+    pub async fn live(&self, context: Context<'_>, seed: u64) {
+        let Context { ledger, tally, stop, .. } = context;
         let lives = self.seats.iter().enumerate().map(|(number, seat)| async move {
             let mut chance = Chance::new(seed, 500_000 + number as u64);
             let asks = number % 3 == 2;
             while !stop.is_cancelled() {
                 let key = ledger.key(&self.name);
-                if let Err(error) = one_turn(arena, seat, &key, asks, &mut chance, tally).await {
+                if let Err(error) = one_turn(context, seat, &key, asks, &mut chance).await {
                     tally.problem(format!("{key}: {error:#}"));
                 }
                 tokio::time::sleep(chance.between(100, 1500)).await;
@@ -74,7 +87,7 @@ async fn read(seat: &Seat) -> Result<(), Failure> {
     Ok(())
 }
 
-async fn one_turn(arena: &Arena, seat: &Seat, key: &str, asks: bool, chance: &mut Chance, tally: &Tally) -> Result<()> {
+async fn one_turn(context: Context<'_>, seat: &Seat, key: &str, asks: bool, chance: &mut Chance) -> Result<()> {
     let tokens = 20 + chance.below(60);
     let seconds = 0.05 + chance.below(15) as f64 / 10.0;
     let rounds = match chance.below(4) {
@@ -87,23 +100,29 @@ async fn one_turn(arena: &Arena, seat: &Seat, key: &str, asks: bool, chance: &mu
         }
     };
     let turn = seat.send(key, &message(key, rounds)).await?;
-    let deadline = Instant::now() + END_PATIENCE;
+    until_ended(context, seat, &turn, asks).await
+}
+
+/// Waits for the end of a turn as its viewer sees it, and approves what it asks for.
+pub async fn until_ended(context: Context<'_>, seat: &Seat, turn: &Accepted, asks: bool) -> Result<()> {
+    let Context { arena, conditions, tally, .. } = context;
+    let patience = conditions.patience(END_PATIENCE);
     loop {
-        let soon = (Instant::now() + Duration::from_millis(700)).min(deadline);
-        if let Some(status) = seat.ended(turn.turn, soon).await {
+        if let Some(status) = seat.ended(turn.turn, Instant::now() + Duration::from_millis(700)).await {
             if status != pb::TurnStatus::Succeeded {
-                tally.problem(format!("{key}: the turn ended as {status:?}"));
+                tally.problem(format!("{}: the turn ended as {status:?}", turn.key));
             }
             return Ok(());
         }
-        let look = arena.observer.turn(turn.turn).await;
-        if asks && let Ok(look) = &look {
+        // Without approvals to decide, the viewer alone says when it is over.
+        if asks && let Ok(look) = arena.observer.turn(turn.turn).await {
             for approval in &look.approvals_pending {
                 // Asked for again at the next look.
                 let _ = seat.approve(&approval.to_string()).await;
             }
         }
-        if Instant::now() >= deadline {
+        if patience.is_over() {
+            let look = arena.observer.turn(turn.turn).await;
             let rows = look.map_or_else(|error| error.to_string(), |look| describe(&look));
             anyhow::bail!("the viewer saw no end of turn {}; rows: {rows}", turn.turn);
         }

@@ -7,6 +7,7 @@ use tokio::time::Instant;
 
 use crate::{
     chance::Chance,
+    conditions::Conditions,
     matrix::{self, Cell, Kind, Process, Step},
     report::{Hit, Tally},
     step::{Scene, Stage},
@@ -30,12 +31,17 @@ impl Work {
         Self { cells: Mutex::new(cells), deadline }
     }
 
-    /// The next cell whose process nobody is at, if there is one.
-    fn next(&self) -> Option<(u64, Cell)> {
+    /// The next cell, if there is one. While servers are spared, one that strikes none of them is taken first.
+    fn next(&self, servers_spared: bool) -> Option<(u64, Cell)> {
         if Instant::now() >= self.deadline {
             return None;
         }
-        self.cells.lock().pop()
+        let mut cells = self.cells.lock();
+        let spares = |(_, cell): &(u64, Cell)| cell.process.server().is_none();
+        match cells.iter().rposition(spares).filter(|_| servers_spared) {
+            Some(at) => Some(cells.remove(at)),
+            None => cells.pop(),
+        }
     }
 
     pub fn left(&self) -> usize {
@@ -43,12 +49,15 @@ impl Work {
     }
 }
 
-pub async fn run(stage: &Stage, work: &Work, seed: u64, tally: &Arc<Tally>) {
-    while let Some((number, cell)) = work.next() {
+pub async fn run(stage: &Stage, work: &Work, conditions: &Conditions, seed: u64, tally: &Arc<Tally>) {
+    while let Some((number, cell)) = work.next(conditions.is_calm()) {
         let mut chance = Chance::new(seed, 1000 + number);
         let mut last_word = String::new();
         let mut done = false;
         for _ in 0..TRIES {
+            if cell.process.server().is_some() {
+                conditions.until_not_calm().await;
+            }
             match play(stage, cell, &mut chance, tally).await {
                 Ok(Played::Hit) => {
                     done = true;
@@ -80,8 +89,7 @@ async fn play(stage: &Stage, cell: Cell, chance: &mut Chance, tally: &Arc<Tally>
     };
     let played = hit(stage, cell, &mut scene, chance, tally).await;
     scene.let_go().await;
-    let begun = Instant::now();
-    let missing = scene.finish(begun + END_PATIENCE).await?;
+    let missing = scene.finish(&stage.conditions.patience(END_PATIENCE)).await?;
     // The fault may last longer than the turn that it hit.
     let ended = Instant::now();
     let (strike_at, healing) = match played {
@@ -123,6 +131,10 @@ async fn hit(
     tally: &Arc<Tally>,
 ) -> anyhow::Result<Option<Struck>> {
     let node = scene.victim(cell.process, chance).await?;
+    // It may have become calm since the lane began with this cell.
+    if cell.process.server().is_some() && stage.conditions.is_calm() {
+        return Ok(None);
+    }
     let Some(claim) = stage.arena.claim(&node) else { return Ok(None) };
     if !scene.check().await? {
         return Ok(None);
@@ -153,4 +165,24 @@ async fn hit(
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     Ok(Some((at, Some(healing))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn while_servers_are_spared_other_cells_come_first() {
+        let cell = |process| Cell { process, kind: Kind::Kill, step: Step::Running };
+        let cells = vec![cell(Process::Nats), cell(Process::Postgres), cell(Process::Api), cell(Process::Worker)];
+        let work = Work::new(cells, Instant::now() + Duration::from_secs(60));
+        let next = |spared| work.next(spared).map(|(number, cell)| (number, cell.process));
+        assert_eq!(next(true), Some((2, Process::Api)));
+        assert_eq!(next(false), Some((0, Process::Nats)));
+        assert_eq!(next(true), Some((3, Process::Worker)));
+        assert_eq!(next(true), Some((1, Process::Postgres)));
+        assert_eq!(next(false), None);
+        let late = Work::new(vec![cell(Process::Api)], Instant::now());
+        assert_eq!(late.next(false), None);
+    }
 }

@@ -64,6 +64,23 @@ names!(Step {
     Persisting = "persisting",
 });
 
+impl Kind {
+    /// As the report's JSON has it.
+    pub const fn key(self) -> &'static str {
+        match self {
+            Self::Kill => "kill",
+            Self::Terminate => "terminate",
+            Self::Pause => "pause_6_s",
+            Self::LongPause => "pause_20_s",
+            Self::Cut => "cut",
+            Self::HalfOpen => "half_open",
+            Self::Slow => "slow_network",
+            Self::LostJournal => "lost_journal",
+            Self::FullDisk => "full_disk",
+        }
+    }
+}
+
 impl Process {
     pub const fn server(self) -> Option<Server> {
         match self {

@@ -1,9 +1,14 @@
 //! What a campaign means to show, and whether it did.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use crate::{
     matrix::Cell,
+    outages::Pair,
+    phases::{Phase, Planned},
     report::{Hit, quantile},
 };
 
@@ -18,6 +23,14 @@ pub struct Plan {
     pub cells: Vec<Cell>,
     /// Kills of a streaming worker.
     pub takeovers: usize,
+    /// Outages that overlap.
+    pub pairs: Vec<Pair>,
+    /// What a neighbour takes, and when servers are spared.
+    pub phases: Vec<Planned>,
+    /// Chats that are to outgrow their model's window.
+    pub outgrown: usize,
+    /// Turns of the long chat.
+    pub long_turns: usize,
     /// Each kill and each pair of the cells is to be had; a glimpse shows what its minute has room for.
     pub whole: bool,
     /// From the first process' start to the last check.
@@ -30,12 +43,20 @@ pub struct Done<'a> {
     pub takeover_kills: usize,
     /// From the shortest to the longest.
     pub takeovers: &'a [Duration],
+    pub pairs: &'a [Pair],
+    pub phases: &'a BTreeMap<Phase, usize>,
+    pub outgrown: usize,
+    pub long_turns: usize,
     pub took: Duration,
 }
 
 impl Plan {
     pub fn faults(&self) -> usize {
-        self.cells.len() + self.takeovers
+        self.cells.len() + self.takeovers + self.pairs.len() + self.stressed_phases().count()
+    }
+
+    fn stressed_phases(&self) -> impl Iterator<Item = Phase> {
+        self.phases.iter().map(|planned| planned.phase).filter(|phase| *phase != Phase::Calm)
     }
 
     /// What it asks for and has not got.
@@ -46,6 +67,17 @@ impl Plan {
             if done.takeover_kills < self.takeovers {
                 all.push(format!("{} takeover kills counted of {} planned", done.takeover_kills, self.takeovers));
             }
+            all.extend(self.pairs.iter().filter(|pair| !done.pairs.contains(pair)).map(|pair| format!("no {pair}")));
+            let phases: BTreeSet<Phase> =
+                self.stressed_phases().filter(|phase| !done.phases.contains_key(phase)).collect();
+            all.extend(phases.iter().map(|phase| format!("no {phase} counted")));
+            if done.long_turns < self.long_turns {
+                all.push(format!("the long chat did {} of {} turns", done.long_turns, self.long_turns));
+            }
+        }
+        // Which is quick: a campaign of any length must have it.
+        if done.outgrown < self.outgrown {
+            all.push(format!("{} of {} chats outgrew their window", done.outgrown, self.outgrown));
         }
         let p99 = quantile(done.takeovers, 0.99);
         if done.takeovers.len() >= P99_LEAST && p99 >= TAKEOVER_P99 {

@@ -16,11 +16,17 @@ use uuid::Uuid;
 
 use crate::{
     matrix::{Cell, Kind, Process, Step, impossible},
+    outages::Pair,
+    phases::Phase,
     plan::{Done, Plan},
+    replay::Histories,
 };
 
 /// A turn that takes longer to recover is named, so that its logs can be read.
 const SLOW: Duration = Duration::from_secs(15);
+
+/// Two outages at once, as the report's JSON has it.
+const OVERLAPPING: &str = "overlapping_outages";
 
 /// A fault that was done.
 #[derive(Debug, Clone)]
@@ -37,6 +43,10 @@ pub struct Hit {
 /// Gathers while the campaign runs.
 #[derive(Debug, Default)]
 pub struct Tally {
+    seed: u64,
+    pairs: Mutex<Vec<Pair>>,
+    phases: Mutex<BTreeMap<Phase, usize>>,
+    stuck: Mutex<Vec<String>>,
     hits: Mutex<Vec<Hit>>,
     problems: Mutex<Vec<String>>,
     missed: Mutex<Vec<(Cell, String)>>,
@@ -49,6 +59,10 @@ pub struct Tally {
 }
 
 impl Tally {
+    pub fn new(seed: u64) -> Self {
+        Self { seed, ..Self::default() }
+    }
+
     pub fn wall_ms(&self) -> i64 {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         i64::try_from(now.as_millis()).unwrap_or(i64::MAX)
@@ -100,8 +114,28 @@ impl Tally {
         hits.chain(others).collect()
     }
 
+    /// Two outages overlapped, and both were healed.
+    pub fn overlapped(&self, pair: Pair) {
+        self.pairs.lock().push(pair);
+    }
+
+    /// A phase was had to its end.
+    pub fn phase(&self, phase: Phase) {
+        *self.phases.lock().entry(phase).or_default() += 1;
+    }
+
+    /// A chat stands still for which work was requested.
+    pub fn stuck(&self, found: String) {
+        say(&format!("  !! seed {}: stuck: {found}", self.seed));
+        self.stuck.lock().push(found);
+    }
+
+    pub fn stuck_chats(&self) -> usize {
+        self.stuck.lock().len()
+    }
+
     pub fn problem(&self, problem: String) {
-        say(&format!("  !! {problem}"));
+        say(&format!("  !! seed {}: {problem}", self.seed));
         self.problems.lock().push(problem);
     }
 
@@ -163,6 +197,14 @@ pub struct Report {
     pub findings: Findings,
     pub collapses: Vec<String>,
     pub failed_calls: Vec<String>,
+    pub histories: Histories,
+    /// Chats whose prompt was shortened, and the turns in which it was.
+    pub outgrown: usize,
+    pub shortened_turns: usize,
+    pub long_turns: usize,
+    pairs: Vec<Pair>,
+    phases: BTreeMap<Phase, usize>,
+    stuck: Vec<String>,
     hits: Vec<Hit>,
     problems: Vec<String>,
     missed: Vec<(Cell, String)>,
@@ -182,6 +224,13 @@ impl Report {
             findings,
             collapses: Vec::new(),
             failed_calls: Vec::new(),
+            histories: Histories::default(),
+            outgrown: 0,
+            shortened_turns: 0,
+            long_turns: 0,
+            pairs: tally.pairs.lock().clone(),
+            phases: tally.phases.lock().clone(),
+            stuck: tally.stuck.lock().clone(),
             hits: tally.hits(),
             problems: tally.problems(),
             missed: tally.missed.lock().clone(),
@@ -192,16 +241,33 @@ impl Report {
     }
 
     pub fn faults(&self) -> usize {
-        self.hits.iter().filter(|hit| hit.counts).count()
+        self.faults_by_kind().values().sum()
+    }
+
+    /// Those that counted, by what was done.
+    fn faults_by_kind(&self) -> BTreeMap<&'static str, usize> {
+        let mut kinds: BTreeMap<_, _> = Kind::ALL.iter().map(|kind| (kind.key(), 0)).collect();
+        kinds.extend(Phase::STRESSED.iter().map(|phase| (phase.name(), 0)));
+        kinds.insert(OVERLAPPING, self.pairs.len());
+        for hit in self.hits.iter().filter(|hit| hit.counts) {
+            *kinds.entry(hit.cell.kind.key()).or_default() += 1;
+        }
+        for (phase, count) in self.phases.iter().filter(|(phase, _)| **phase != Phase::Calm) {
+            *kinds.entry(phase.name()).or_default() += count;
+        }
+        kinds
     }
 
     fn takeover_ms(&self, share: f64) -> u128 {
         quantile(&self.takeovers, share).as_millis()
     }
 
-    /// Why this campaign is no proof; empty when it is one.
+    /// Why this campaign is no proof, each with the seed; empty when it is one.
     pub fn verdict(&self) -> Vec<String> {
         let mut all = Vec::new();
+        all.extend(self.stuck.iter().map(|text| format!("stuck: {text}")));
+        all.extend(self.histories.differing.iter().map(|text| format!("a history differs: {text}")));
+        all.extend(self.histories.not_replayed.iter().map(|text| format!("histories were not replayed: {text}")));
         all.extend(self.findings.lost.iter().map(|text| format!("lost: {text}")));
         all.extend(self.findings.duplicated.iter().map(|text| format!("duplicated: {text}")));
         all.extend(self.findings.unexplained.iter().map(|text| format!("unexplained: {text}")));
@@ -210,12 +276,21 @@ impl Report {
         all.extend(self.failed_calls.iter().map(|text| format!("a call failed: {text}")));
         all.extend(self.collapses.iter().map(|text| format!("ended by itself: {text}")));
         all.extend(self.plan.unmet(&self.done()).iter().map(|text| format!("not as planned: {text}")));
-        all
+        all.iter().map(|text| format!("seed {}: {text}", self.seed)).collect()
     }
 
     fn done(&self) -> Done<'_> {
-        let Self { hits, takeover_kills, takeovers, took, .. } = self;
-        Done { hits, takeover_kills: *takeover_kills, takeovers, took: *took }
+        let Self { hits, takeover_kills, takeovers, pairs, phases, outgrown, long_turns, took, .. } = self;
+        Done {
+            hits,
+            takeover_kills: *takeover_kills,
+            takeovers,
+            pairs,
+            phases,
+            outgrown: *outgrown,
+            long_turns: *long_turns,
+            took: *took,
+        }
     }
 
     pub fn table(&self) -> String {
@@ -276,6 +351,24 @@ impl Report {
         for (cell, why) in &self.missed {
             let _ = writeln!(text, "not had: {cell}: {why}");
         }
+        let _ = writeln!(text, "\nbeside the matrix:");
+        for (phase, count) in &self.phases {
+            let _ = writeln!(text, "  {phase:<36} {count:>3}");
+        }
+        for pair in &self.pairs {
+            let _ = writeln!(text, "  {pair}");
+        }
+        let _ = writeln!(
+            text,
+            "{} chats outgrew their model's window, in {} turns; the long chat did {} turns\n\
+             {} stuck; {} histories replayed, {} differ",
+            self.outgrown,
+            self.shortened_turns,
+            self.long_turns,
+            self.stuck.len(),
+            self.histories.replayed,
+            self.histories.differing.len()
+        );
         let found = &self.findings;
         let _ = writeln!(
             text,
@@ -322,6 +415,18 @@ impl Report {
         put("takeover_ms_p50", json!(self.takeover_ms(0.5)));
         put("takeover_ms_p99", json!(self.takeover_ms(0.99)));
         put("takeover_ms_max", json!(self.takeover_ms(1.0)));
+        put("stuck_turns", json!(self.stuck.len()));
+        put("histories", json!(self.histories.replayed));
+        put("histories_that_differ", json!(self.histories.differing.len()));
+        put("outgrown_chats", json!(self.outgrown));
+        put("turns_with_shortened_prompt", json!(self.shortened_turns));
+        put("long_chat_turns", json!(self.long_turns));
+        put("calm_phases", json!(self.phases.get(&Phase::Calm).copied().unwrap_or_default()));
+        put("faults_by_kind", json!(self.faults_by_kind()));
+        let mut pairs: BTreeMap<String, usize> = BTreeMap::new();
+        self.pairs.iter().for_each(|pair| *pairs.entry(pair.to_string()).or_default() += 1);
+        put("overlapping_outages", json!(pairs));
+        put("findings", json!(self.verdict()));
         Value::Object(flat)
     }
 
@@ -352,6 +457,7 @@ pub fn say(line: &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{outages, phases};
 
     const MINUTE: Duration = Duration::from_secs(60);
 
@@ -371,10 +477,26 @@ mod tests {
         Report {
             seed: 1,
             took: 29 * MINUTE,
-            plan: Plan { cells, takeovers: 100, whole: true, longest: Some(30 * MINUTE) },
+            plan: Plan {
+                cells,
+                takeovers: 100,
+                pairs: outages::plan(1, 2),
+                phases: phases::plan(1, 5, MINUTE),
+                outgrown: 2,
+                long_turns: 200,
+                whole: true,
+                longest: Some(30 * MINUTE),
+            },
             findings: Findings::default(),
             collapses: Vec::new(),
             failed_calls: Vec::new(),
+            histories: Histories { replayed: 40, ..Histories::default() },
+            outgrown: 2,
+            shortened_turns: 30,
+            long_turns: 200,
+            pairs: outages::plan(1, 2),
+            phases: Phase::STRESSED.into_iter().chain([Phase::Calm]).map(|phase| (phase, 1)).collect(),
+            stuck: Vec::new(),
             hits,
             problems: Vec::new(),
             missed: Vec::new(),
@@ -388,6 +510,7 @@ mod tests {
     fn check(change: impl FnOnce(&mut Report), expected: &[&str]) {
         let mut report = whole();
         change(&mut report);
+        let expected: Vec<String> = expected.iter().map(|text| format!("seed 1: {text}")).collect();
         assert_eq!(report.verdict(), expected);
     }
 
@@ -436,13 +559,47 @@ mod tests {
         let glimpse = |report: &mut Report| {
             report.plan.whole = false;
             (report.takeover_kills, report.hits) = (0, Vec::new());
+            (report.pairs, report.phases, report.long_turns) = (Vec::new(), BTreeMap::new(), 3);
         };
         check(glimpse, &[]);
+        check(|report| report.outgrown = 1, &["not as planned: 1 of 2 chats outgrew their window"]);
+    }
+
+    #[test]
+    fn a_pair_a_neighbour_and_a_long_chat_that_were_not_had_are_found() {
+        let pair = outages::plan(1, 2)[1];
+        let missing = format!("not as planned: no {pair}");
+        let one_less = |report: &mut Report| report.pairs.truncate(1);
+        check(one_less, &[&missing]);
+        let without = |phase| move |report: &mut Report| report.phases.retain(|one, _| *one != phase);
+        check(without(Phase::Memory), &["not as planned: no memory_pressure counted"]);
+        // A calm finds what is wrong; it is nothing that the mesh must bear.
+        check(without(Phase::Calm), &[]);
+        check(|report| report.long_turns = 199, &["not as planned: the long chat did 199 of 200 turns"]);
+    }
+
+    #[test]
+    fn what_was_done_is_counted_by_kind() {
+        let mut report = whole();
+        report.hits[1].counts = false;
+        let json = report.json();
+        let kinds = &json["faults_by_kind"];
+        let count = |kind: &str| kinds[kind].as_u64();
+        assert_eq!([count("kill"), count("pause_6_s"), count("cut")], [Some(1), Some(0), Some(1)]);
+        assert_eq!([count("slow_disk"), count("neighbour_all_cores"), count("calm")], [Some(1), Some(1), None]);
+        assert_eq!(count("overlapping_outages"), Some(2));
+        let sum: u64 = kinds.as_object().expect("kinds").values().filter_map(Value::as_u64).sum();
+        assert_eq!(json["faults"].as_u64(), Some(sum));
+        assert_eq!([&json["stuck_turns"], &json["histories"], &json["histories_that_differ"]], [0, 40, 0]);
     }
 
     #[test]
     fn each_broken_promise_is_a_finding() {
         let one = || vec!["x".to_owned()];
+        check(|report| report.stuck = one(), &["stuck: x"]);
+        check(|report| report.histories.differing = one(), &["a history differs: x"]);
+        let unread = |report: &mut Report| report.histories.not_replayed = Some("x".to_owned());
+        check(unread, &["histories were not replayed: x"]);
         check(|report| report.findings.lost = one(), &["lost: x"]);
         check(|report| report.findings.duplicated = one(), &["duplicated: x"]);
         check(|report| report.findings.unexplained = one(), &["unexplained: x"]);

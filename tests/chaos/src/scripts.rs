@@ -23,6 +23,14 @@ pub fn message(key: &str, rounds: Vec<Value>) -> String {
     format!("{key}: please do as scripted\nsim: {}", json!({ "rounds": rounds }))
 }
 
+/// The same with so many bytes of text before it.
+pub fn long_message(key: &str, bytes: usize, rounds: Vec<Value>) -> String {
+    const SENTENCE: &str =
+        "This is what the file says, line by line, and it has to be read before anything is changed. ";
+    let text = SENTENCE.repeat(bytes.div_ceil(SENTENCE.len()));
+    format!("{text}\n{}", message(key, rounds))
+}
+
 /// The last round of every turn.
 pub fn last(key: &str) -> Value {
     json!({ "text": format!("{key} is done. {}", "All of it, as it was asked for. ".repeat(4)), "rate": 60.0 })

@@ -70,6 +70,7 @@ pub struct Seat {
     watching: JoinHandle<ChatSession>,
 }
 
+const MODEL: &str = "sim/default";
 const PIECES_MAX: usize = 64;
 const LOOK_EVERY: Duration = Duration::from_millis(5);
 /// A person tries again by hand what the client library gave up.
@@ -78,9 +79,14 @@ const ACCEPT_PATIENCE: Duration = Duration::from_secs(300);
 impl Seat {
     /// A new chat.
     pub async fn take(client: &Client, mode: pb::ChatMode, ledger: &Arc<Ledger>) -> Result<Self> {
+        Self::take_with(client, MODEL, mode, ledger).await
+    }
+
+    /// A new chat with this model.
+    pub async fn take_with(client: &Client, model: &str, mode: pb::ChatMode, ledger: &Arc<Ledger>) -> Result<Self> {
         let request = pb::CreateChatRequest {
             title: "chaos".into(),
-            model: "sim/default".into(),
+            model: model.into(),
             mode: mode as i32,
             ..Default::default()
         };

@@ -11,6 +11,7 @@ use uuid::Uuid;
 
 use crate::{
     chance::Chance,
+    conditions::{Conditions, Patience},
     matrix::{Process, Step},
     scripts::{Marks, call, key_of, last, message, round},
     seat::{Accepted, Ledger, Seat},
@@ -31,6 +32,7 @@ pub struct Stage {
     pub auto: Seat,
     pub ask: Seat,
     pub ledger: Arc<Ledger>,
+    pub conditions: Arc<Conditions>,
 }
 
 /// A chat at its step.
@@ -52,13 +54,18 @@ pub struct Scene<'a> {
 }
 
 impl Stage {
-    pub async fn new(arena: &Arc<Arena>, name: &str, ledger: &Arc<Ledger>) -> Result<Self> {
+    pub async fn new(
+        arena: &Arc<Arena>,
+        name: &str,
+        ledger: &Arc<Ledger>,
+        conditions: &Arc<Conditions>,
+    ) -> Result<Self> {
         let visitor = arena.visitor(name).await?;
         let host = arena.host(&visitor, name).await?;
         let auto = Seat::take(&visitor.client, pb::ChatMode::Auto, ledger).await?;
         let ask = Seat::take(&visitor.client, pb::ChatMode::Ask, ledger).await?;
-        let (arena, name, ledger) = (arena.clone(), name.to_owned(), ledger.clone());
-        Ok(Self { arena, name, visitor, host, auto, ask, ledger })
+        let (arena, ledger, conditions) = (arena.clone(), ledger.clone(), conditions.clone());
+        Ok(Self { arena, name: name.to_owned(), visitor, host, auto, ask, ledger, conditions })
     }
 
     fn far(&self) -> Vec<Layer> {
@@ -256,12 +263,13 @@ impl Scene<'_> {
 
     async fn give_up(mut self) -> Option<Self> {
         self.let_go().await;
-        let _ = self.finish(Instant::now() + STEP_PATIENCE * 4).await;
+        let patience = self.stage.conditions.patience(STEP_PATIENCE * 4);
+        let _ = self.finish(&patience).await;
         None
     }
 
     /// Waits until all turns have ended, deciding what asks for it. Says what is missing.
-    pub async fn finish(&mut self, deadline: Instant) -> Result<Vec<String>> {
+    pub async fn finish(&mut self, patience: &Patience) -> Result<Vec<String>> {
         if let Some(sending) = self.sending.take() {
             let accepted = sending.await??;
             self.began(accepted);
@@ -269,7 +277,7 @@ impl Scene<'_> {
         let mut missing = Vec::new();
         for turn in &self.turns {
             loop {
-                let soon = (Instant::now() + Duration::from_millis(400)).min(deadline);
+                let soon = Instant::now() + Duration::from_millis(400);
                 if let Some(status) = self.seat.ended(turn.turn, soon).await {
                     if status != pb::TurnStatus::Succeeded {
                         missing.push(format!("{}: the turn ended as {status:?}", turn.key));
@@ -284,7 +292,7 @@ impl Scene<'_> {
                         let _ = self.seat.approve(&approval.to_string()).await;
                     }
                 }
-                if Instant::now() >= deadline {
+                if patience.is_over() {
                     let look = self.stage.arena.observer.turn(turn.turn).await;
                     let rows = look.map_or_else(|error| error.to_string(), |look| describe(&look));
                     missing.push(format!("{}: the viewer saw no end of turn {}; rows: {rows}", turn.key, turn.turn));

@@ -1,6 +1,6 @@
 //! A mesh with its people: opened, played with, and checked when it closes.
 
-use std::{sync::Arc, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result};
 use reliant_harness::{Arena, ArenaOptions, Fault, Node};
@@ -9,18 +9,27 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     checker,
-    crowd::Neighbour,
+    conditions::Conditions,
+    crowd::{Context, Neighbour},
+    growth::{Growing, Growth, SMALL_MODEL_CONFIG},
+    liveness::Monitor,
     plan::Plan,
-    report::{Report, Tally, say},
+    replay,
+    report::{Findings, Report, Tally, say},
     seat::Ledger,
     step::Stage,
     takeover::Audience,
 };
 
-/// People are not to be limited, a provider that went silent is given up sooner than after a minute, and logs tell what
-/// went wrong.
-const CONFIG: &str =
-    "[api.limits.rate]\ncalls_per_second = 0.0\n\n[models]\nstall = \"10s\"\n\n[telemetry]\nlog = \"info\"\n";
+/// The longest of replaying all histories.
+const REPLAY_MAX: Duration = Duration::from_secs(180);
+/// Kept of a campaign's time for its report, and for what is dropped to end.
+const REPORT: Duration = Duration::from_secs(5);
+
+/// People are not to be limited, and a provider that went silent is given up sooner than after a minute.
+const CONFIG: &str = "[api.limits.rate]\ncalls_per_second = 0.0\n\n[models]\nstall = \"10s\"\n\n";
+/// Logs tell what went wrong. Daemons get what begins here.
+const LOG_CONFIG: &str = "[telemetry]\nlog = \"info\"\n";
 
 /// Who is there.
 #[derive(Debug, Clone)]
@@ -36,6 +45,18 @@ pub struct Cast {
     pub chats: usize,
 }
 
+/// What only a campaign has.
+#[derive(Debug, Clone)]
+pub(crate) struct Settings {
+    pub growth: Growth,
+    /// Postgres waits for its disk.
+    pub durable: bool,
+    /// Where what explains a finding is saved.
+    pub evidence: Option<PathBuf>,
+    /// More TOML for all roles.
+    pub config: String,
+}
+
 pub struct Theatre {
     pub arena: Arc<Arena>,
     pub ledger: Arc<Ledger>,
@@ -44,6 +65,10 @@ pub struct Theatre {
     pub neighbours: Vec<Neighbour>,
     pub audience: Audience,
     pub seed: u64,
+    pub(crate) conditions: Arc<Conditions>,
+    growing: Option<Growing>,
+    monitor: Monitor,
+    evidence: PathBuf,
     begun: Instant,
 }
 
@@ -54,38 +79,76 @@ impl Theatre {
 
     /// With more TOML for all roles.
     pub async fn open_with(cast: &Cast, seed: u64, config: &str) -> Result<Self> {
+        let settings = Settings { growth: Growth::NONE, durable: false, evidence: None, config: config.to_owned() };
+        Self::open_campaign(cast, seed, settings).await
+    }
+
+    pub(crate) async fn open_campaign(cast: &Cast, seed: u64, settings: Settings) -> Result<Self> {
         let begun = Instant::now();
+        let Settings { growth, durable, evidence, config } = settings;
         let Cast { apis, workers, gateways, .. } = *cast;
-        let config = format!("{CONFIG}\n{config}");
-        let options = ArenaOptions { apis, workers, gateways, config, ..ArenaOptions::default() };
+        let config = format!("{CONFIG}{SMALL_MODEL_CONFIG}{LOG_CONFIG}\n{config}");
+        let options = ArenaOptions { apis, workers, gateways, config, durable };
         let arena = Arena::start(options).await.context("the mesh did not start")?;
         say(&format!("logs are in {}", arena.logs().display()));
-        let (ledger, tally) = (Arc::new(Ledger::default()), Arc::new(Tally::default()));
+        let (ledger, tally) = (Arc::new(Ledger::default()), Arc::new(Tally::new(seed)));
+        let conditions = Arc::new(Conditions::default());
+        let evidence = evidence.unwrap_or_else(|| arena.dir().join("evidence"));
+        let monitor = Monitor::start(&arena, &conditions, &tally, &evidence);
         let mut stages = Vec::new();
         for number in 0..cast.stages {
-            stages.push(Stage::new(&arena, &format!("stage{number}"), &ledger).await?);
+            stages.push(Stage::new(&arena, &format!("stage{number}"), &ledger, &conditions).await?);
         }
         let mut neighbours = Vec::new();
         for number in 0..cast.neighbours {
             neighbours.push(Neighbour::new(&arena, &format!("crowd{number}"), cast.chats, &ledger).await?);
         }
         let audience = Audience::new(&arena, "audience", &ledger).await?;
+        let growing = match growth == Growth::NONE {
+            true => None,
+            false => Some(Growing::new(&arena, growth, &ledger).await?),
+        };
         say(&format!("up after {:.0} s", begun.elapsed().as_secs_f64()));
-        Ok(Self { arena, ledger, tally, stages, neighbours, audience, seed, begun })
+        Ok(Self {
+            arena,
+            ledger,
+            tally,
+            stages,
+            neighbours,
+            audience,
+            seed,
+            conditions,
+            growing,
+            monitor,
+            evidence,
+            begun,
+        })
     }
 
     /// The crowd goes on while `play` does, and then to the end of its turns.
     pub async fn while_crowded<T>(&self, play: impl Future<Output = T>) -> T {
+        self.while_crowded_for(Duration::ZERO, play).await
+    }
+
+    /// `span`: over which the long chat spreads its turns.
+    pub(crate) async fn while_crowded_for<T>(&self, span: Duration, play: impl Future<Output = T>) -> T {
         let stop = CancellationToken::new();
-        let lives = (0..).zip(&self.neighbours).map(|(number, neighbour)| {
-            neighbour.live(&self.arena, self.seed.wrapping_add(number), &self.ledger, &self.tally, &stop)
-        });
+        let Self { arena, conditions, ledger, tally, .. } = self;
+        let context = Context { arena, conditions, ledger, tally, stop: &stop };
+        let lives = (0..)
+            .zip(&self.neighbours)
+            .map(|(number, neighbour)| neighbour.live(context, self.seed.wrapping_add(number)));
+        let growing = async {
+            if let Some(growing) = &self.growing {
+                growing.live(context, self.seed, span).await;
+            }
+        };
         let played = async {
             let played = play.await;
             stop.cancel();
             played
         };
-        tokio::join!(played, futures::future::join_all(lives)).0
+        tokio::join!(played, futures::future::join_all(lives), growing).0
     }
 
     /// Does one fault and waits until it is healed.
@@ -97,12 +160,14 @@ impl Theatre {
 
     /// Checks everything.
     pub async fn close(self) -> Result<Report> {
-        self.close_by(Plan::default(), false).await
+        self.close_by(Plan::default(), false, None).await
     }
 
-    /// Checks everything, and the plan.
-    pub(crate) async fn close_by(self, plan: Plan, keep: bool) -> Result<Report> {
-        let Self { arena, ledger, tally, stages, neighbours, audience, seed, begun } = self;
+    /// Checks everything, and the plan; by `end`, if there is one.
+    pub(crate) async fn close_by(self, plan: Plan, keep: bool, end: Option<Instant>) -> Result<Report> {
+        let Self {
+            arena, ledger, tally, stages, neighbours, audience, seed, growing, monitor, evidence, begun, ..
+        } = self;
         let (mut hosts, mut seats, mut people) = (Vec::new(), Vec::new(), Vec::new());
         for Stage { visitor, host, auto, ask, .. } in stages {
             hosts.push(host);
@@ -117,9 +182,36 @@ impl Theatre {
         let (own, visitor) = audience.into_parts();
         seats.extend(own);
         people.push(visitor);
+        let (mut long_turns, mut small_chats) = (0, Vec::new());
+        if let Some(growing) = growing {
+            long_turns = growing.long_turns();
+            small_chats = growing.small.iter().map(|seat| seat.chat).collect();
+            hosts.push(growing.host);
+            seats.extend(growing.small.into_iter().chain(growing.long));
+            people.push(growing.visitor);
+        }
         let subject = checker::Subject { arena: &arena, ledger: &ledger, hosts: &hosts, tally: &tally };
-        let findings = checker::check(&subject, seats).await.context("the checker could not read everything")?;
+        let check_by = end.map(|end| end - REPORT);
+        let checked = within(check_by, checker::check(&subject, seats)).await;
+        let findings = match checked {
+            Some(findings) => findings.context("the checker could not read everything")?,
+            None => {
+                tally.problem("its time was over before everything was checked".to_owned());
+                Findings::default()
+            }
+        };
+        let mut shortened = Vec::new();
+        for chat in small_chats {
+            shortened.push(arena.observer.shortened_turns(chat).await.unwrap_or_default());
+        }
+        let left = check_by.map_or(REPLAY_MAX, |by| by.saturating_duration_since(Instant::now()).min(REPLAY_MAX));
+        let histories = replay::check(&arena, &evidence, left).await;
+        monitor.stop().await;
         let mut report = Report::new(seed, begun.elapsed(), plan, &tally, findings);
+        report.histories = histories;
+        report.outgrown = shortened.iter().filter(|turns| **turns > 0).count();
+        report.shortened_turns = shortened.iter().sum::<i64>() as usize;
+        report.long_turns = long_turns;
         report.collapses = arena.collapses().iter().map(|one| format!("{}: {}", one.name, one.log_tail)).collect();
         report.failed_calls = ledger.failed_calls.lock().clone();
         if keep || !report.verdict().is_empty() {
@@ -127,6 +219,14 @@ impl Theatre {
             arena.keep_files();
         }
         Ok(report)
+    }
+}
+
+/// `None`: it was not done in time.
+async fn within<T>(by: Option<Instant>, work: impl Future<Output = T>) -> Option<T> {
+    match by {
+        Some(by) => tokio::time::timeout_at(by, work).await.ok(),
+        None => Some(work.await),
     }
 }
 

@@ -1,4 +1,4 @@
-//! Nothing lost: a short campaign with a fixed seed, and the sequences that have a name.
+//! Nothing lost: the sequences that have a name.
 
 #![allow(clippy::unwrap_used, reason = "a test may")]
 
@@ -6,4 +6,3 @@ mod decisions;
 mod half_open;
 mod hand_over;
 mod outages;
-mod short;
