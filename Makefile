@@ -37,7 +37,7 @@ test: ## Everything that is checked, over real servers, processes and a browser 
 test-fresh: ## `make demo` and `make up` as on a machine with nothing, Postgres hidden (10 minutes)
 	@python3 tests/fresh/fresh.py
 
-chaos: web tools ## Kill, cut, pause and slow everything for half an hour, in release; nothing may be lost (ARGS="--seed 7"); JSON to $CHAOS_OUT
+chaos: web tools ## Kill, cut, pause and slow everything for 40 minutes, beside greedy neighbours, in release; nothing may be lost or stand still (ARGS="--seed 7 --minutes 12"); JSON to $CHAOS_OUT, else tests/chaos/results
 	@[ -x $(RELEASE)/reliant-chaos ] || echo "building in release; from nothing this takes some ten minutes on two cores"
 	@cargo build --release -p reliant-cli -p reliant-chaos
 	@exec $(RELEASE)/reliant-chaos $(ARGS)
