@@ -173,6 +173,15 @@ impl Drop for Claim {
     }
 }
 
+impl Drop for Arena {
+    fn drop(&mut self) {
+        // A backend of Postgres that is still paused would never notice that its server is gone, and outlive it.
+        for server in Server::ALL {
+            let _ = self.stack.resume(server);
+        }
+    }
+}
+
 impl Arena {
     #[boxed]
     pub async fn start(options: ArenaOptions) -> Result<Arc<Self>> {
