@@ -33,7 +33,7 @@ impl Work {
 
     /// The next cell, if there is one. While servers are spared, one that strikes none of them is taken first.
     fn next(&self, servers_spared: bool) -> Option<(u64, Cell)> {
-        if Instant::now() >= self.deadline {
+        if self.is_over() {
             return None;
         }
         let mut cells = self.cells.lock();
@@ -42,6 +42,11 @@ impl Work {
             Some(at) => Some(cells.remove(at)),
             None => cells.pop(),
         }
+    }
+
+    /// No fault may begin any more.
+    fn is_over(&self) -> bool {
+        Instant::now() >= self.deadline
     }
 
     pub fn left(&self) -> usize {
@@ -57,6 +62,10 @@ pub async fn run(stage: &Stage, work: &Work, conditions: &Conditions, seed: u64,
         for _ in 0..TRIES {
             if cell.process.server().is_some() {
                 conditions.until_not_calm().await;
+            }
+            if work.is_over() {
+                "time was over".clone_into(&mut last_word);
+                break;
             }
             match play(stage, cell, &mut chance, tally).await {
                 Ok(Played::Hit) => {

@@ -7,7 +7,6 @@ use std::{
     fs::File,
     hint::black_box,
     io::{Read as _, Seek as _, SeekFrom, Write as _},
-    os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::{
@@ -39,6 +38,8 @@ const PAGE_BYTES: usize = 4096;
 /// The file that is written over and over, per writer.
 const DISK_FILE_BYTES: u64 = 64 << 20;
 const DISK_BIG_WRITE_BYTES: usize = 1 << 20;
+/// May be written before it is due, so that two big writers are always at it.
+const DISK_AHEAD_BYTES: u64 = 4 << 20;
 /// How long one that was told to end may take.
 const END_PATIENCE: Duration = Duration::from_secs(10);
 /// A share of the cores is held over each of these, so that a moment without CPU is not made up for later.
@@ -94,11 +95,11 @@ impl Stressor {
         Ok((lasting, stressor))
     }
 
-    /// Starts it in a process group of its own.
+    /// Starts it; it makes a session, and so a process group, of its own.
     pub fn start(&self, lasting: Duration) -> Result<StressorProcess> {
         let program = program()?;
         let mut command = Command::new(&program);
-        command.args(self.arguments(lasting)).stdin(Stdio::piped()).stdout(Stdio::piped()).process_group(0);
+        command.args(self.arguments(lasting)).stdin(Stdio::piped()).stdout(Stdio::piped());
         let child = command.spawn().with_context(|| format!("{} could not be started", program.display()))?;
         Ok(StressorProcess { child })
     }
@@ -145,6 +146,8 @@ impl Drop for StressorProcess {
 #[expect(clippy::print_stdout, reason = "its report is its output")]
 pub fn run(arguments: &[String]) -> Result<()> {
     let (lasting, stressor) = Stressor::parse(arguments)?;
+    // Refused to a process that leads a group already, which is as good.
+    let _ = rustix::process::setsid();
     let stop = Arc::new(AtomicBool::new(false));
     let (sender, ended) = mpsc::channel();
     std::thread::spawn(move || {
@@ -160,7 +163,7 @@ pub fn run(arguments: &[String]) -> Result<()> {
     let took = match stressor {
         Stressor::Cpu { share } => take_cpu(share, &stop),
         Stressor::Memory { share } => take_memory(share, &stop),
-        Stressor::Disk { dir, bytes_max } => take_disk(&dir, bytes_max, &stop),
+        Stressor::Disk { dir, bytes_max } => take_disk(&dir, bytes_max, lasting, &stop),
     }?;
     println!("{took}");
     Ok(())
@@ -168,6 +171,8 @@ pub fn run(arguments: &[String]) -> Result<()> {
 
 fn take_cpu(share: f64, stop: &Arc<AtomicBool>) -> Result<Value> {
     let preferred = rustix::process::setpriority_process(None, NICE).is_ok();
+    // Where the kernel divides CPU by sessions first, ours must go before theirs. Elsewhere there is no such file.
+    let _ = std::fs::write("/proc/self/autogroup", NICE.to_string());
     let cores = std::thread::available_parallelism()?.get();
     let begun = Instant::now();
     let spinning: Vec<_> = (0..cores)
@@ -280,8 +285,8 @@ impl Drop for Scratch {
     }
 }
 
-fn take_disk(dir: &Path, bytes_max: u64, stop: &Arc<AtomicBool>) -> Result<Value> {
-    let written = Arc::new(AtomicU64::new(0));
+fn take_disk(dir: &Path, bytes_max: u64, lasting: Duration, stop: &Arc<AtomicBool>) -> Result<Value> {
+    let budget = Arc::new(Budget { begun: Instant::now(), lasting, bytes_max, written: AtomicU64::new(0) });
     // Small writes keep the file system's journal busy, big ones the device.
     let sizes = [PAGE_BYTES, PAGE_BYTES, DISK_BIG_WRITE_BYTES, DISK_BIG_WRITE_BYTES];
     let writing: Vec<_> = sizes
@@ -289,8 +294,8 @@ fn take_disk(dir: &Path, bytes_max: u64, stop: &Arc<AtomicBool>) -> Result<Value
         .enumerate()
         .map(|(number, size)| {
             let path = dir.join(format!("stressor-{}-{number}.tmp", std::process::id()));
-            let (written, stop) = (written.clone(), stop.clone());
-            std::thread::spawn(move || write_and_sync(&path, size, bytes_max, &written, &stop))
+            let (budget, stop) = (budget.clone(), stop.clone());
+            std::thread::spawn(move || write_and_sync(&path, size, &budget, &stop))
         })
         .collect();
     let mut all: Vec<Duration> = Vec::new();
@@ -302,28 +307,54 @@ fn take_disk(dir: &Path, bytes_max: u64, stop: &Arc<AtomicBool>) -> Result<Value
         let at = all.len().saturating_sub(1) * share / 100;
         all.get(at).copied().unwrap_or_default().as_secs_f64() * 1000.0
     };
+    let bytes_written = budget.written.load(Ordering::Relaxed);
     Ok(json!({
-        "writes": all.len(), "bytes_written": written.load(Ordering::Relaxed), "sync_ms_median": ms(50), "sync_ms_max": ms(100),
+        "writes": all.len(), "bytes_written": bytes_written, "sync_ms_median": ms(50), "sync_ms_max": ms(100),
     }))
 }
 
-/// Until it is stopped or all writers have written what they may; how long each write with its sync took.
-fn write_and_sync(
-    path: &Path,
-    size: usize,
+/// Bytes that may be written, spread over the time, so that the disk is slow to the end.
+struct Budget {
+    begun: Instant,
+    lasting: Duration,
     bytes_max: u64,
-    written: &AtomicU64,
-    stop: &AtomicBool,
-) -> Result<Vec<Duration>> {
+    written: AtomicU64,
+}
+
+enum Spend {
+    Now,
+    Later,
+    Never,
+}
+
+impl Budget {
+    fn spend(&self, bytes: u64) -> Spend {
+        let written = self.written.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        let passed = self.begun.elapsed().as_secs_f64() / self.lasting.as_secs_f64().max(0.001);
+        let due = (self.bytes_max as f64 * passed.min(1.0)) as u64 + DISK_AHEAD_BYTES;
+        if written <= self.bytes_max.min(due) {
+            return Spend::Now;
+        }
+        self.written.fetch_sub(bytes, Ordering::Relaxed);
+        if written > self.bytes_max { Spend::Never } else { Spend::Later }
+    }
+}
+
+/// Until it is stopped or all that may be is written; how long each write with its sync took.
+fn write_and_sync(path: &Path, size: usize, budget: &Budget, stop: &AtomicBool) -> Result<Vec<Duration>> {
     const KEPT_MAX: usize = 200_000;
     let scratch = Scratch(path.to_owned());
     let mut file = File::create(&scratch.0).with_context(|| format!("{} could not be made", scratch.0.display()))?;
     let mut took = Vec::new();
     let (mut block, mut at) = (vec![0_u8; size], 0_u64);
     while !stop.load(Ordering::Relaxed) {
-        if written.fetch_add(size as u64, Ordering::Relaxed) + size as u64 > bytes_max {
-            written.fetch_sub(size as u64, Ordering::Relaxed);
-            break;
+        match budget.spend(size as u64) {
+            Spend::Now => {}
+            Spend::Later => {
+                idle(Duration::from_millis(5));
+                continue;
+            }
+            Spend::Never => break,
         }
         let begun = Instant::now();
         let next = block[0].wrapping_add(1);
@@ -375,11 +406,26 @@ mod tests {
         let dir = std::env::temp_dir().join(format!("reliant-stressor-{}", uuid::Uuid::now_v7()));
         std::fs::create_dir_all(&dir).expect("dir");
         let bytes_max = 3 * DISK_BIG_WRITE_BYTES as u64;
-        let took = take_disk(&dir, bytes_max, &Arc::new(AtomicBool::new(false))).expect("it writes");
+        let lasting = Duration::from_millis(1);
+        let took = take_disk(&dir, bytes_max, lasting, &Arc::new(AtomicBool::new(false))).expect("it writes");
         let written = took["bytes_written"].as_u64().expect("bytes");
         assert!(written > 0 && written <= bytes_max, "{took}");
         assert_eq!(std::fs::read_dir(&dir).expect("dir").count(), 0);
         std::fs::remove_dir(&dir).expect("remove");
+    }
+
+    #[test]
+    fn what_may_be_written_is_spread_over_the_time() {
+        let budget = |lasting| {
+            let begun = Instant::now() - Duration::from_secs(1);
+            Budget { begun, lasting, bytes_max: 1 << 30, written: AtomicU64::new(0) }
+        };
+        let slow = budget(Duration::from_secs(1_000_000));
+        assert!(matches!(slow.spend(DISK_AHEAD_BYTES), Spend::Now));
+        assert!(matches!(slow.spend(DISK_AHEAD_BYTES), Spend::Later));
+        let over = budget(Duration::from_millis(1));
+        assert!(matches!(over.spend(1 << 30), Spend::Now));
+        assert!(matches!(over.spend(1), Spend::Never));
     }
 
     #[test]

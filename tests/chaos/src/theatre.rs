@@ -3,7 +3,7 @@
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result};
-use reliant_harness::{Arena, ArenaOptions, Fault, Node};
+use reliant_harness::{Arena, ArenaOptions, Fault, Node, eventually};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -23,6 +23,8 @@ use crate::{
 
 /// The longest of replaying all histories.
 const REPLAY_MAX: Duration = Duration::from_secs(180);
+/// What was under a fault when the last one was done must be well by then.
+const HEAL_PATIENCE: Duration = Duration::from_secs(120);
 /// Kept of a campaign's time for its report, and for what is dropped to end.
 const REPORT: Duration = Duration::from_secs(5);
 
@@ -192,9 +194,16 @@ impl Theatre {
         }
         let subject = checker::Subject { arena: &arena, ledger: &ledger, hosts: &hosts, tally: &tally };
         let check_by = end.map(|end| end - REPORT);
-        let checked = within(check_by, checker::check(&subject, seats)).await;
-        let findings = match checked {
-            Some(findings) => findings.context("the checker could not read everything")?,
+        let checked = within(check_by, async {
+            until_healed(&arena).await?;
+            checker::check(&subject, seats).await
+        });
+        let findings = match checked.await {
+            Some(Ok(findings)) => findings,
+            Some(Err(error)) => {
+                tally.problem(format!("the checker could not read everything: {error:#}"));
+                Findings::default()
+            }
             None => {
                 tally.problem("its time was over before everything was checked".to_owned());
                 Findings::default()
@@ -220,6 +229,11 @@ impl Theatre {
         }
         Ok(report)
     }
+}
+
+/// Waits until nothing is under a fault, or being started again after one.
+async fn until_healed(arena: &Arena) -> Result<()> {
+    eventually("the end of all faults", HEAL_PATIENCE, || async { Ok(arena.claimed().is_empty().then_some(())) }).await
 }
 
 /// `None`: it was not done in time.
