@@ -1,12 +1,13 @@
 // The page: signs in, lists chats, follows one of them and the user's feed, and sends what the person types.
 
 import { create } from "@bufbuild/protobuf";
-import { type Approval, ApprovalScope, type Chat, type ChatMode } from "../gen/reliant/v1/common_pb.js";
+import { type Approval, ApprovalScope, type Chat, type ChatMode, type Message } from "../gen/reliant/v1/common_pb.js";
 import type { Daemon } from "../gen/reliant/v1/daemons_pb.js";
 import { type FeedEvent, SubscribeRequestSchema, type SubscribeResponse } from "../gen/reliant/v1/updates_pb.js";
 import type { PageSpan } from "../gen/reliant/v1/telemetry_pb.js";
 import { api } from "./api.js";
 import { byId, el, hide, place, setText } from "./dom.js";
+import { Earlier } from "./earlier.js";
 import { shown, type Shown } from "./errors.js";
 import { follow } from "./follow.js";
 import * as session from "./session.js";
@@ -21,7 +22,10 @@ const chats = new Map<string, Chat>();
 const daemons = new Map<string, Daemon>();
 const feed = { seq: -1n, logEpoch: 0n };
 const chatItems = new Map<string, HTMLLIElement>();
-const transcript = new Transcript(byId("transcript"), decide);
+const earlier = new Earlier(readPage, draw);
+const transcript = new Transcript(byId("transcript"), decide, () => {
+  if (view) void earlier.more(view);
+});
 let view: ChatView | undefined;
 let stream: AbortController | undefined;
 let drawing = 0;
@@ -184,6 +188,7 @@ function apply({ update }: SubscribeResponse, shownView: ChatView | undefined): 
       break;
     case "snapshot":
       shownView?.applySnapshot(update.value);
+      if (shownView) void earlier.present(shownView);
       break;
     case "feedEvent":
       applyFeed(update.value);
@@ -201,6 +206,10 @@ function apply({ update }: SubscribeResponse, shownView: ChatView | undefined): 
       return;
   }
   draw();
+}
+
+async function readPage(chatId: string, beforeOrdinal: number, pageSize: number): Promise<Message[] | undefined> {
+  return (await attempt(() => api.messages.listMessages({ chatId, beforeOrdinal, pageSize })))?.messages;
 }
 
 async function newChat(): Promise<string | undefined> {
@@ -297,7 +306,7 @@ function draw(): void {
     drawChats();
     drawHeader();
     if (!view) return;
-    transcript.draw(view);
+    transcript.draw(view, earlier.reading(view));
     toldFirstText(view);
   });
 }

@@ -11,7 +11,7 @@ export const SHOWN_MAX_CHARS = 256 * 1024;
 export class GrowingText {
   #length = 0;
   #text = "";
-  #cut = false;
+  #cut = 0;
   #early = new Map<number, Uint8Array>();
   #earlyBytes = 0;
   // For raw output, whose pieces may split a character.
@@ -29,8 +29,8 @@ export class GrowingText {
     return this.#text;
   }
 
-  /** The beginning is no longer held. */
-  get cut(): boolean {
+  /** Characters of the beginning that are no longer held. */
+  get cut(): number {
     return this.#cut;
   }
 
@@ -55,8 +55,8 @@ export class GrowingText {
     this.#length += fresh.length;
     this.#text += this.#stream ? this.#stream.decode(fresh, { stream: true }) : decoder.decode(fresh);
     if (this.#stream && this.#text.length > SHOWN_MAX_CHARS) {
+      this.#cut += this.#text.length - SHOWN_MAX_CHARS / 2;
       this.#text = this.#text.slice(-SHOWN_MAX_CHARS / 2);
-      this.#cut = true;
     }
     return true;
   }

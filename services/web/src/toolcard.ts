@@ -1,10 +1,10 @@
 // One tool call: its name, arguments, live output, state, and the question whether it may run.
 
-import type { Approval } from "../gen/reliant/v1/common_pb.js";
+import type { Approval, ToolResultBlock } from "../gen/reliant/v1/common_pb.js";
 import { el, hide, setText } from "./dom.js";
 import type { Decide } from "./transcript.js";
 import { type CallView, callEnded } from "./view.js";
-import { callWords, gist, pretty, statusKey } from "./words.js";
+import { callWords, cutWords, gist, pretty, statusKey } from "./words.js";
 
 export class ToolCard {
   readonly node: HTMLElement;
@@ -26,17 +26,31 @@ export class ToolCard {
     for (const part of [this.#stdout, this.#stderr, this.#result, this.#approval]) hide(part, true);
   }
 
-  draw({ call, stdout, stderr }: CallView, approval: Approval | undefined): void {
+  /** `result`: as it stands in the message of the call's round, once that is over. */
+  draw({ call, stdout, stderr }: CallView, approval: Approval | undefined, result: ToolResultBlock | undefined): void {
+    const ended = callEnded(call);
     this.node.setAttribute("data-status", statusKey(call.status));
     setText(this.#status, callWords(call));
-    showOutput(this.#stdout, stdout.text, stdout.cut);
-    showOutput(this.#stderr, stderr.text, stderr.cut);
-    // What the model reads; where the output itself was seen whole, it says nothing new.
-    const seen = stdout.length > 0 || stderr.length > 0;
-    const says = callEnded(call) && call.result !== "" && (!seen || call.isError);
-    hide(this.#result, !says);
-    if (says) setText(this.#result, call.result);
+    showOutput(this.#stdout, stdout.text, cutWords(stdout.cut, ended));
+    showOutput(this.#stderr, stderr.text, cutWords(stderr.cut, ended));
+    // What the model reads; where the output itself is on the page whole, it says nothing new.
+    const whole = (stdout.length > 0 || stderr.length > 0) && stdout.cut + stderr.cut === 0;
+    // A snapshot shortens a call's result, a message does not.
+    const content = result && result.content.length > call.result.length ? result.content : call.result;
+    this.#show(ended && content !== "" && (!whole || call.isError) ? content : "");
     this.#ask(approval);
+  }
+
+  /** A call of an earlier round, of which its result alone is known. */
+  drawResult(result: ToolResultBlock): void {
+    this.node.setAttribute("data-status", result.isError ? "failed" : "succeeded");
+    setText(this.#status, result.isError ? "ended with an error" : "done");
+    this.#show(result.content);
+  }
+
+  #show(result: string): void {
+    hide(this.#result, result === "");
+    if (result !== "") setText(this.#result, result);
   }
 
   #ask(approval: Approval | undefined): void {
@@ -70,10 +84,10 @@ export class ToolCard {
   }
 }
 
-function showOutput(node: HTMLElement, text: string, cut: boolean): void {
+function showOutput(node: HTMLElement, text: string, cut: string): void {
   hide(node, text === "");
   if (text === "") return;
   const stick = node.scrollHeight - node.scrollTop - node.clientHeight < 40;
-  setText(node, cut ? `(the beginning is not shown)\n${text}` : text);
+  setText(node, cut ? `${cut}\n${text}` : text);
   if (stick) node.scrollTop = node.scrollHeight;
 }

@@ -5,7 +5,7 @@ import { StreamKind } from "../gen/reliant/v1/updates_pb.js";
 import { el, place, setText } from "./dom.js";
 import { ToolCard } from "./toolcard.js";
 import type { ChatView, LiveMessage } from "./view.js";
-import { prose, restartWords, turnWords } from "./words.js";
+import { earlierWords, prose, restartWords, turnWords } from "./words.js";
 
 /** Nearer to the end than this, the reader is taken along. */
 const STICKY_PX = 90;
@@ -25,21 +25,39 @@ export class Transcript {
   #decide: Decide;
   #items = new Map<string, Item>();
   #cards = new Map<string, ToolCard>();
+  /** The place of the first message that was drawn. */
+  #first = 0;
+  #more = el("button", { type: "button" }, "Show earlier messages");
+  #earlierWords = el("span", { class: "soft" });
+  #earlier = el("div", { class: "earlier" }, this.#earlierWords, this.#more);
 
-  constructor(root: HTMLElement, decide: Decide) {
+  /** `more` brings older messages. */
+  constructor(root: HTMLElement, decide: Decide, more: () => void) {
     this.#root = root;
     this.#decide = decide;
+    this.#more.addEventListener("click", more);
   }
 
   clear(): void {
     this.#items.clear();
     this.#cards.clear();
+    this.#first = 0;
     this.#root.replaceChildren();
   }
 
-  draw(view: ChatView): void {
+  /** `reading`: older messages are on their way. */
+  draw(view: ChatView, reading: boolean): void {
     const stick = this.#root.scrollHeight - this.#root.scrollTop - this.#root.clientHeight < STICKY_PX;
+    const first = view.first();
+    const anchor = !stick && first < this.#first ? this.#anchor() : undefined;
+    this.#first = first;
     const nodes: HTMLElement[] = [];
+    const words = earlierWords(view.earlier(), view.presentBegins());
+    if (words) {
+      setText(this.#earlierWords, reading ? "Reading earlier messages …" : words);
+      this.#more.disabled = reading;
+      nodes.push(this.#earlier);
+    }
     const turns = new Map([...view.turns.values()].map((turn) => [turn.id, turn]));
     const messages = view.ordered();
     // Messages of a queued turn may stand between those of the running one.
@@ -55,14 +73,25 @@ export class Transcript {
         if (words && !writing) nodes.push(this.#note(`turn ${turn.id}`, words));
       }
     }
-    for (const [id, card] of this.#cards) {
-      const call = view.calls.get(id);
-      if (call) card.draw(call, view.pendingApproval(id));
-    }
+    for (const [id, card] of this.#cards) drawCard(view, id, card);
     place(this.#root, nodes);
     for (const [key, item] of this.#items) if (!item.node.isConnected) this.#items.delete(key);
     for (const [id, card] of this.#cards) if (!card.node.isConnected) this.#cards.delete(id);
     if (stick) this.#root.scrollTop = this.#root.scrollHeight;
+    else anchor?.();
+  }
+
+  /** What the reader looks at stays where it is when older messages come in above it: to be called when they are in. */
+  #anchor(): (() => void) | undefined {
+    const top = this.#root.getBoundingClientRect().top;
+    const rect = (node: Element) => node.getBoundingClientRect();
+    const node = [...this.#root.children].find((child) => child !== this.#earlier && rect(child).bottom > top);
+    if (!node) return undefined;
+    const before = rect(node).top;
+    // The browser's own anchoring rests at the very top, and would come on top of this elsewhere.
+    this.#root.style.overflowAnchor = "none";
+    requestAnimationFrame(() => requestAnimationFrame(() => (this.#root.style.overflowAnchor = "")));
+    return () => (this.#root.scrollTop += rect(node).top - before);
   }
 
   #message(view: ChatView, message: Message): HTMLElement {
@@ -86,8 +115,7 @@ export class Transcript {
         const id = block.value.toolCallId;
         const card = this.#cards.get(id) ?? new ToolCard(block.value.tool, block.value.inputJson, this.#decide);
         this.#cards.set(id, card);
-        const call = view.calls.get(id);
-        if (call) card.draw(call, view.pendingApproval(id));
+        drawCard(view, id, card);
         return [card.node];
       }
       case "image":
@@ -128,6 +156,13 @@ export class Transcript {
     this.#items.set(key, item);
     return item.node;
   }
+}
+
+function drawCard(view: ChatView, id: string, card: ToolCard): void {
+  const call = view.calls.get(id);
+  const result = view.results.get(id);
+  if (call) card.draw(call, view.pendingApproval(id), result);
+  else if (result) card.drawResult(result);
 }
 
 function liveNode(kind: StreamKind, tool: string): Element {

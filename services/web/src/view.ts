@@ -1,5 +1,8 @@
 // What a viewer knows of one chat: a pure merge of snapshots, events and live pieces. No DOM, no network, no clock.
 //
+// Messages are known without holes: all from `first()` to the newest. A snapshot brings the newest ones alone; older ones are
+// added by pages (see earlier.ts).
+//
 // Events are applied once and in the order of `seq`. A live piece waits for the event that opens its text, is dropped
 // when its epoch is older, and a newer epoch starts the text anew.
 
@@ -11,6 +14,7 @@ import {
   Role,
   type ToolCall,
   ToolCallStatus,
+  type ToolResultBlock,
   type Turn,
   TurnStatus,
 } from "../gen/reliant/v1/common_pb.js";
@@ -66,6 +70,8 @@ export class ChatView {
   readonly calls = new Map<string, CallView>();
   readonly approvals = new Map<string, Approval>();
   readonly live = new Map<string, LiveMessage>();
+  /** What calls brought back, by call: of rounds that ended, a snapshot has their messages and not their calls. */
+  readonly results = new Map<string, ToolResultBlock>();
   #unopened: Delta[] = [];
 
   constructor(chatId: string) {
@@ -73,11 +79,12 @@ export class ChatView {
   }
 
   applySnapshot(snapshot: ChatSnapshot): void {
+    const older = this.#olderThan(snapshot);
     this.chat = snapshot.chat;
     this.seq = snapshot.seq;
     this.logEpoch = snapshot.logEpoch;
-    for (const map of [this.messages, this.turns, this.approvals]) map.clear();
-    for (const message of snapshot.messages) this.messages.set(message.id, message);
+    for (const map of [this.messages, this.turns, this.approvals, this.results]) map.clear();
+    for (const message of [...older, ...snapshot.messages]) this.#applyMessage(message);
     for (const turn of snapshot.turns) this.turns.set(turn.id, turn);
     for (const approval of snapshot.approvals) this.approvals.set(approval.id, approval);
     const calls = new Set(snapshot.toolCalls.map((changed) => changed.toolCall?.id));
@@ -97,7 +104,7 @@ export class ChatView {
     const { case: kind, value } = event.kind;
     switch (kind) {
       case "messageCommitted":
-        this.messages.set(value.id, value);
+        this.#applyMessage(value);
         this.live.delete(value.id);
         break;
       case "messageStarted":
@@ -143,6 +150,35 @@ export class ChatView {
     return (block.kind === StreamKind.STDERR ? call.stderr : call.stdout).add(offset, delta.piece);
   }
 
+  /** Adds a page of older messages, up to the first one that is known; anything else would leave a hole. */
+  addEarlier(messages: Message[]): boolean {
+    const newest = messages.reduce((most, message) => Math.max(most, message.ordinal), 0);
+    if (newest !== this.first() - 1) return false;
+    for (const message of messages) this.#applyMessage(message);
+    return true;
+  }
+
+  /** The place in the chat of the first message that is known; 1 where nothing is older. */
+  first(): number {
+    let first = Infinity;
+    for (const message of this.messages.values()) first = Math.min(first, message.ordinal);
+    return first === Infinity ? 1 : first;
+  }
+
+  /** How many messages are older than those known. */
+  earlier(): number {
+    return this.first() - 1;
+  }
+
+  /** Whether the message is known that asked for the turn at work, or where none is, for the newest one. */
+  presentBegins(): boolean {
+    const open = this.openTurn();
+    if (open) return this.messages.has(open.messageId);
+    const newest = this.ordered().filter((message) => message.role !== Role.NOTICE).at(-1);
+    if (!newest || newest.role === Role.USER) return true;
+    return [...this.messages.values()].some((message) => message.turnId === newest.turnId && message.role === Role.USER);
+  }
+
   /** Messages in the chat's order. */
   ordered(): Message[] {
     return [...this.messages.values()].sort((a, b) => a.ordinal - b.ordinal);
@@ -165,6 +201,19 @@ export class ChatView {
     return [...this.approvals.values()].find(
       (approval) => approval.toolCallId === callId && approval.status === ApprovalStatus.PENDING,
     );
+  }
+
+  #applyMessage(message: Message): void {
+    this.messages.set(message.id, message);
+    for (const { block } of message.blocks) if (block.case === "toolResult") this.results.set(block.value.toolCallId, block.value);
+  }
+
+  /** What stays of older pages: nothing where the log is another one, or where messages in between are not known. */
+  #olderThan(snapshot: ChatSnapshot): Message[] {
+    const begin = snapshot.messages[0]?.ordinal ?? 1;
+    const older = this.ordered().filter((message) => message.ordinal < begin);
+    const same = this.logEpoch === snapshot.logEpoch && this.seq <= snapshot.seq;
+    return same && older.at(-1)?.ordinal === begin - 1 ? older : [];
   }
 
   #applyStarted(started: MessageStarted): void {

@@ -43,6 +43,20 @@ export function callWords(call: ToolCall): string {
   return parts.filter(Boolean).join(" · ");
 }
 
+/** Above the first message on the page, where there are older ones. */
+export function earlierWords(earlier: number, begins: boolean): string {
+  if (earlier <= 0) return "";
+  const messages = earlier === 1 ? "1 earlier message is" : `${earlier.toLocaleString("en")} earlier messages are`;
+  return begins ? `${messages} not shown.` : `${messages} not shown, the beginning of this turn among them.`;
+}
+
+/** Above an output whose beginning the page has let go. */
+export function cutWords(cut: number, ended: boolean): string {
+  if (cut <= 0) return "";
+  const where = ended ? "the result below begins with them" : "the result will begin with them";
+  return `(${cut.toLocaleString("en")} characters before this are not shown; ${where})`;
+}
+
 /** A line before a message that is written anew: what stood there of it is void. Empty for a first attempt. */
 export function restartWords(started: MessageStarted): string {
   return started.restarted ? "An attempt broke off; the model starts this message again." : "";

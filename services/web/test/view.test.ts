@@ -10,7 +10,7 @@ import {
   DeltaSchema,
   StreamKind,
 } from "../gen/reliant/v1/updates_pb.js";
-import { EARLY_MAX_BYTES, GrowingText } from "../src/text.js";
+import { EARLY_MAX_BYTES, GrowingText, SHOWN_MAX_CHARS } from "../src/text.js";
 import { ChatView, SequenceJump } from "../src/view.js";
 
 const bytes = (text: string) => new TextEncoder().encode(text);
@@ -160,4 +160,13 @@ test("any order and any repetition of pieces gives the same text", () => {
     assert.equal(text.text, whole);
     assert.equal(text.hasHole, false);
   }
+});
+
+test("what is let go of a long output is counted", () => {
+  const text = new GrowingText(true);
+  const piece = bytes("x".repeat(SHOWN_MAX_CHARS / 4));
+  for (let at = 0; at < 20; at++) text.add(at * piece.length, piece);
+  text.add(20 * piece.length, bytes("the end"));
+  assert.equal(text.text.length + text.cut, text.length);
+  assert.ok(text.cut > 0 && text.text.endsWith("the end") && text.text.length <= SHOWN_MAX_CHARS);
 });
