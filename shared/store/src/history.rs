@@ -1,8 +1,10 @@
 //! What a model reads of a chat: the messages of its turn and those before it, in the order of turns, without notices.
 //!
 //! A stored message never changes, so that whoever read a chat before reads only what has come since. Where the messages are
-//! more than one call reads, the beginning moves in steps: a provider's cache of the prompt lives from a beginning that
-//! stays the same over many turns.
+//! more than one call reads, the history begins where a turn or a round begins: a tool result never comes without the
+//! message that asked for it, and of a turn that is longer than what is read the person's message stays in front of its
+//! newest rounds. The beginning moves in steps: a provider's cache of the prompt lives from a beginning that stays the
+//! same over many turns.
 
 use std::sync::Arc;
 
@@ -10,16 +12,31 @@ use reliant_types::{ChatId, boxed, limits, pb};
 
 use crate::{
     Attempt, Result, Store,
-    pages::{newest_for_model, newest_since},
+    pages::{newest_for_model, newest_since, opening_message},
     rows::MessageRow,
 };
 
+const MESSAGES_MAX: usize = limits::HISTORY_MESSAGES_MAX as usize;
 /// Read at one time: what one call reads at most, and what may be queued behind its turn.
 const READ_MAX: i64 = limits::HISTORY_MESSAGES_MAX + limits::CHAT_QUEUED_TURNS_MAX + 1;
+/// The content read at one time: one message more than one call reads, so that it is known that older ones do not fit.
+const READ_MAX_BYTES: usize = limits::HISTORY_MAX_BYTES + LARGEST_MESSAGE_BYTES;
+const LARGEST_MESSAGE_BYTES: usize = limits::MODEL_TEXT_MAX_BYTES + FRAMES_BYTES;
+/// Ids and frames of a message's blocks, which its size counts as well.
+const FRAMES_BYTES: usize = limits::MESSAGE_TOOL_CALLS_MAX * 256;
+/// The shortest history there is: the message of a turn and its newest round. No limit on it is needed beside those on
+/// what is written.
+const _: () = assert!(
+    limits::MESSAGE_TEXT_MAX_BYTES + limits::MODEL_TEXT_MAX_BYTES + limits::ROUND_RESULTS_MAX_BYTES + 3 * FRAMES_BYTES
+        < limits::HISTORY_MAX_BYTES
+);
 /// Kept: a transcript that grew past it is read anew.
 const KEEP_MAX: usize = 2 * READ_MAX as usize;
 /// What a message costs in memory beside its content, about.
 const MESSAGE_BYTES: usize = 512;
+/// For the model, in front of the message of a turn of which older rounds were left out. It says no number, so that the
+/// prompt begins with the same bytes while more of them are left out.
+const ROUNDS_LEFT_OUT: &str = "[The first rounds behind this message were left out: they do not fit one prompt.]";
 
 /// Oldest first.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -37,9 +54,17 @@ struct Kept {
 }
 
 impl Kept {
-    /// The place in the order of turns.
-    fn place(&self) -> (i32, i32) {
+    /// In the order of turns.
+    fn position(&self) -> (i32, i32) {
         (self.turn, self.message.ordinal)
+    }
+
+    fn begins_turn(&self) -> bool {
+        self.message.role() == pb::Role::User
+    }
+
+    fn begins_round(&self) -> bool {
+        self.message.role() == pb::Role::Assistant
     }
 }
 
@@ -49,6 +74,8 @@ impl Kept {
 pub struct Transcript {
     /// In the order of turns.
     messages: Vec<Kept>,
+    /// The person's message of the first one's turn, where it is older than all of them.
+    opening: Option<Kept>,
     /// Nothing is older than the first of them.
     whole: bool,
     /// Later ones in the order of arrival are not here.
@@ -77,18 +104,26 @@ impl Store {
         if let Some(history) = read.of_turn(turn) {
             return Ok((history, Some(read)));
         }
-        // So much is queued behind this turn that nothing was left of it.
+        // So much is queued behind this turn that too little was left of it.
         let read = self.run("history", async || self.transcript(attempt, turn).await).await?;
         Ok((read.newest(&read.messages), None))
     }
 
     async fn transcript(&self, attempt: &Attempt, turn: i32) -> Result<Transcript> {
-        let rows = newest_for_model(&self.pool, attempt.chat.0, turn, READ_MAX, limits::HISTORY_MAX_BYTES).await?;
+        let rows = newest_for_model(&self.pool, attempt.chat.0, turn, READ_MAX, READ_MAX_BYTES).await?;
         // Nothing in a chat is older than its first message.
         let whole = rows.last().is_none_or(|oldest| oldest.ordinal == 1);
         // Messages become visible in their order, and those up to the claim were there before it.
         let upto = rows.iter().map(|row| row.ordinal).max().unwrap_or_default().max(attempt.last_ordinal);
-        Ok(Transcript { messages: rows.iter().rev().map(kept).collect::<Result<_>>()?, whole, upto })
+        let messages: Vec<Kept> = rows.iter().rev().map(kept).collect::<Result<_>>()?;
+        let opening = match messages.first() {
+            Some(first) if !first.begins_turn() => {
+                let row = opening_message(&self.pool, attempt.chat.0, first.turn).await?;
+                row.as_ref().map(kept).transpose()?
+            }
+            _ => None,
+        };
+        Ok(Transcript { messages, opening, whole, upto })
     }
 
     /// None: so much has come that it is read anew.
@@ -103,8 +138,9 @@ impl Store {
         for row in rows.iter().filter(|row| row.role != "notice") {
             messages.push(kept(row)?);
         }
-        messages.sort_by_key(Kept::place);
-        Ok(Some(Transcript { messages, whole: known.whole, upto: newest.ordinal }))
+        messages.sort_by_key(Kept::position);
+        let (opening, upto) = (known.opening.clone(), newest.ordinal);
+        Ok(Some(Transcript { messages, opening, whole: known.whole, upto }))
     }
 }
 
@@ -116,122 +152,106 @@ fn kept(row: &MessageRow) -> Result<Kept> {
 impl Transcript {
     /// Memory that it takes, about.
     pub fn bytes(&self) -> usize {
-        self.messages.iter().map(|kept| kept.bytes + MESSAGE_BYTES).sum()
+        self.opening.iter().chain(&self.messages).map(|kept| kept.bytes + MESSAGE_BYTES).sum()
     }
 
     /// For tests of what keeps transcripts.
     pub fn of_bytes(bytes: usize) -> Self {
         let kept = Kept { turn: 1, bytes: bytes - MESSAGE_BYTES, message: Arc::default() };
-        Self { messages: vec![kept], whole: true, upto: 1 }
+        Self { messages: vec![kept], opening: None, whole: true, upto: 1 }
     }
 
     /// None: older messages than the ones that are here are wanted.
     fn of_turn(&self, turn: i32) -> Option<History> {
         let end = self.messages.partition_point(|kept| kept.turn <= turn);
-        let mine = &self.messages[..end];
-        let all_fit = fitting(mine) == mine.len();
-        (self.whole || !all_fit).then(|| self.newest(mine))
+        let read = &self.messages[..end];
+        let all_fit = read.len() <= MESSAGES_MAX && bytes_of(read) <= limits::HISTORY_MAX_BYTES;
+        (self.whole || !all_fit).then(|| self.newest(read))
     }
 
-    fn newest(&self, messages: &[Kept]) -> History {
-        let fit = fitting(messages);
-        let cut = fit < messages.len() || !self.whole;
-        let mut messages = &messages[messages.len() - fit..];
-        if cut {
-            messages = &messages[beginning(messages)..];
+    /// `read`: the first of our messages, up to the last one of the turn that reads.
+    fn newest(&self, read: &[Kept]) -> History {
+        let begin = self.beginning(read);
+        let opening = self.opening_of(read, begin);
+        let mut messages: Vec<_> = read[begin..].iter().map(|kept| kept.message.clone()).collect();
+        if let Some(opening) = opening {
+            messages.insert(0, Arc::new(with_note(&opening.message)));
         }
-        History { messages: messages.iter().map(|kept| kept.message.clone()).collect(), cut }
+        History { messages, cut: begin > 0 || !self.whole }
+    }
+
+    /// Where the history of `read` begins: at the first message where all of them are read; else at a turn, or at a round,
+    /// whose turn's message is then put in front. It lies in the first quarter of what would fit: the turn with
+    /// the roundest number in binary, or where no turn begins there the roundest round, which stays the same while newer
+    /// messages push the older ones out.
+    fn beginning(&self, read: &[Kept]) -> usize {
+        let mut left_bytes = bytes_of(read);
+        if self.whole && read.len() <= MESSAGES_MAX && left_bytes <= limits::HISTORY_MAX_BYTES {
+            return 0;
+        }
+        // Where a history may begin, oldest first.
+        let mut boundaries = Vec::new();
+        for (at, kept) in read.iter().enumerate() {
+            if kept.begins_turn() || kept.begins_round() {
+                boundaries.push(Boundary {
+                    at,
+                    turn: kept.begins_turn(),
+                    messages: read.len() - at,
+                    bytes: left_bytes,
+                });
+            }
+            left_bytes -= kept.bytes;
+        }
+        let first = boundaries.iter().position(|boundary| {
+            let opening = self.opening_of(read, boundary.at);
+            boundary.messages + usize::from(opening.is_some()) <= MESSAGES_MAX
+                && boundary.bytes + opening.map_or(0, |opening| opening.bytes) <= limits::HISTORY_MAX_BYTES
+        });
+        // Not even the newest round fits: it is read all the same, or the newest message, where there is nothing else.
+        let Some(first) = first else {
+            return boundaries.last().map_or(read.len().saturating_sub(1), |boundary| boundary.at);
+        };
+        let (messages, bytes) = (boundaries[first].messages, boundaries[first].bytes);
+        let quarter = boundaries[first..]
+            .iter()
+            .take_while(|boundary| 4 * boundary.messages >= 3 * messages && 4 * boundary.bytes >= 3 * bytes);
+        let roundest = |boundary: &&Boundary| {
+            let kept = &read[boundary.at];
+            let number = if boundary.turn { kept.turn } else { kept.message.iteration };
+            (boundary.turn, number.trailing_zeros())
+        };
+        quarter.max_by_key(roundest).map_or(boundaries[first].at, |boundary| boundary.at)
+    }
+
+    /// The message of the turn in whose middle this is.
+    fn opening_of<'a>(&'a self, read: &'a [Kept], at: usize) -> Option<&'a Kept> {
+        let turn = read.get(at).filter(|kept| !kept.begins_turn())?.turn;
+        let from = read.partition_point(|kept| kept.turn < turn);
+        read.get(from).filter(|kept| kept.begins_turn()).or(self.opening.as_ref().filter(|kept| kept.turn == turn))
     }
 }
 
-/// How many of the newest messages one call reads. The newest is read whatever its size.
-fn fitting(messages: &[Kept]) -> usize {
-    let mut bytes = 0;
-    let newest = messages.iter().rev().take(limits::HISTORY_MESSAGES_MAX as usize).enumerate();
-    newest
-        .take_while(|(place, kept)| {
-            bytes += kept.bytes;
-            *place == 0 || bytes <= limits::HISTORY_MAX_BYTES
-        })
-        .count()
+/// Where a history may begin.
+struct Boundary {
+    at: usize,
+    /// Else a round.
+    turn: bool,
+    /// What would be read from here on.
+    messages: usize,
+    bytes: usize,
 }
 
-/// Where the older messages were left out, what is left begins with a person's message: in its first quarter that of the
-/// turn with the roundest number in binary, which stays the same while newer messages push the older ones out.
-fn beginning(messages: &[Kept]) -> usize {
-    let persons = || messages.iter().enumerate().filter(|(_, kept)| kept.message.role() == pb::Role::User);
-    let quarter = persons().take_while(|(place, _)| *place <= messages.len() / 4);
-    let roundest = quarter.max_by_key(|(_, kept)| kept.turn.trailing_zeros());
-    roundest.or_else(|| persons().next()).map_or(0, |(place, _)| place)
+fn bytes_of(messages: &[Kept]) -> usize {
+    messages.iter().map(|kept| kept.bytes).sum()
+}
+
+/// The message of a turn whose first rounds the model does not see, and a word that it is so.
+fn with_note(opening: &pb::Message) -> pb::Message {
+    let mut message = opening.clone();
+    let note = pb::content_block::Block::Text(pb::TextBlock { text: ROUNDS_LEFT_OUT.into() });
+    message.blocks.insert(0, pb::ContentBlock { position: 0, block: Some(note) });
+    message
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// `turns` turns of a question and an answer, all of `bytes`.
-    fn transcript(turns: i32, bytes: usize) -> Transcript {
-        let message = |turn: i32, place: i32| {
-            let role = if place == 0 { pb::Role::User } else { pb::Role::Assistant };
-            let message = pb::Message { ordinal: 2 * turn - 1 + place, role: role as i32, ..Default::default() };
-            Kept { turn, bytes, message: Arc::new(message) }
-        };
-        let messages = (1..=turns).flat_map(|turn| [message(turn, 0), message(turn, 1)]).collect();
-        Transcript { messages, whole: true, upto: 2 * turns }
-    }
-
-    fn first(history: &History) -> i32 {
-        history.messages[0].ordinal
-    }
-
-    #[test]
-    fn a_short_chat_is_read_whole() {
-        let history = transcript(10, 10).of_turn(7).unwrap();
-        assert_eq!((history.messages.len(), history.cut), (14, false));
-        assert_eq!(transcript(0, 0).of_turn(1), Some(History::default()));
-    }
-
-    #[test]
-    fn the_beginning_of_a_long_chat_stays_for_many_turns() {
-        let max = limits::HISTORY_MESSAGES_MAX as usize;
-        for bytes in [10, limits::HISTORY_MAX_BYTES / 200] {
-            let (mut before, mut moves, mut least) = (1, 0, usize::MAX);
-            let all = transcript(3000, bytes);
-            for turn in 1..=3000 {
-                let history = all.of_turn(turn).unwrap();
-                let total: usize = history.messages.len() * bytes;
-                assert!(history.messages.len() <= max && total <= limits::HISTORY_MAX_BYTES);
-                assert_eq!(history.messages[0].role(), pb::Role::User);
-                if history.cut {
-                    least = least.min(history.messages.len());
-                }
-                assert!(first(&history) >= before, "it never goes back");
-                moves += i32::from(first(&history) != before);
-                before = first(&history);
-            }
-            let window = max.min(200);
-            assert!(least >= window * 3 / 4 - 1, "{least}");
-            // A message or two a turn pushed out one by one would be some 2,900 moves.
-            assert!(moves < 3000 / (window as i32 / 16), "{moves} moves of {bytes} bytes each");
-        }
-    }
-
-    #[test]
-    fn one_giant_is_read_alone_and_a_turn_without_room_from_its_middle() {
-        let mut all = transcript(3, 10);
-        all.messages[5].bytes = 2 * limits::HISTORY_MAX_BYTES;
-        let history = all.of_turn(3).unwrap();
-        assert_eq!((first(&history), history.messages.len(), history.cut), (6, 1, true));
-    }
-
-    #[test]
-    fn what_is_not_known_is_asked_for() {
-        let mut part = transcript(100, 10);
-        part.whole = false;
-        assert_eq!(part.of_turn(100), None);
-        let mut enough = transcript(600, 10);
-        enough.whole = false;
-        assert!(enough.of_turn(600).is_some());
-        assert_eq!(enough.of_turn(400), None, "too little is left before that turn");
-    }
-}
+mod tests;

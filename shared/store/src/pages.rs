@@ -70,6 +70,25 @@ pub(crate) async fn newest_for_model(
     Ok(order.fetch_all(db).await?)
 }
 
+/// The person's message of a turn.
+pub(crate) async fn opening_message(
+    db: impl sqlx::PgExecutor<'_>,
+    chat: Uuid,
+    turn: i32,
+) -> Result<Option<MessageRow>> {
+    let row = sqlx::query_as!(
+        MessageRow,
+        r#"SELECT m.id, m.chat_id, m.turn_id, m.ordinal, m.role, m.iteration, m.model, m.usage, m.stop_reason,
+                  m.client_message_id, m.created_at, m.turn_ordinal, m.bytes,
+                  ARRAY(SELECT b.data FROM content_blocks b WHERE b.message_id = m.id ORDER BY b.position) AS blocks
+           FROM messages m WHERE m.chat_id = $1 AND m.turn_ordinal = $2 AND m.role = 'user'
+           ORDER BY m.ordinal LIMIT 1"#,
+        chat,
+        turn,
+    );
+    Ok(row.fetch_optional(db).await?)
+}
+
 /// Shortens a text to its head and tail, which are what a reader of output looks at. At most `max` bytes come out.
 pub(crate) fn shortened(text: &str, max: usize) -> String {
     if text.len() <= max {

@@ -173,6 +173,68 @@ async fn a_long_history_begins_with_a_persons_message() {
     assert_eq!(text(messages.last().unwrap()), "text of last");
 }
 
+/// Rounds `from..to` of a turn, as if they had been: `bytes` is what their results count for.
+async fn rounds(world: &World, turn: TurnId, from: i32, to: i32, bytes: i32) {
+    sqlx::query(
+        "WITH c AS (SELECT last_ordinal FROM chats WHERE id = $1),
+              t AS (UPDATE turns SET iteration = $4 WHERE id = $2 RETURNING ordinal),
+              g AS (UPDATE chats SET last_ordinal = last_ordinal + 2 * ($4 - $3) WHERE id = $1)
+         INSERT INTO messages (id, chat_id, turn_id, ordinal, turn_ordinal, role, iteration, bytes)
+         SELECT gen_random_uuid(), $1, $2, c.last_ordinal + 1 + 2 * (n - $3) + r.n, t.ordinal, r.role, n,
+                CASE r.n WHEN 1 THEN $5 ELSE 10 END
+         FROM c, t, generate_series($3, $4 - 1) n, (VALUES (0, 'assistant'), (1, 'tool')) AS r (n, role)",
+    )
+    .bind(world.chat.0)
+    .bind(turn.0)
+    .bind(from)
+    .bind(to)
+    .bind(bytes)
+    .execute(&world.db.raw)
+    .await
+    .unwrap();
+}
+
+#[tokio::test]
+async fn a_turn_longer_than_what_is_read_keeps_its_message_and_its_newest_rounds() {
+    // Cut by its bytes, and by its messages.
+    for (count, bytes, least) in [(60, 400_000, 30), (1500, 10, 750)] {
+        let world = World::new().await;
+        let before = world.turn("before").await;
+        let attempt = world.claim(before, 0).await;
+        let _ = world.store().commit_message(answer(&attempt, "done", vec![])).await.unwrap();
+        let turn = world.turn("long").await;
+        let mut begun = 0;
+        for (at, from) in (0..count).step_by(count as usize / 6).enumerate() {
+            let to = (from + count / 6).min(count);
+            rounds(&world, turn, from, to, bytes).await;
+            // Others wait behind it, so many that they alone are more than one call reads.
+            if at == 4 {
+                let large = "x".repeat(limits::MESSAGE_TEXT_MAX_BYTES);
+                for n in 0..12 {
+                    let new = SendMessage { text: large.clone(), ..message(world.user, world.chat, &n.to_string()) };
+                    let _ = world.store().send_message(&new).await.unwrap();
+                }
+            }
+            let attempt = world.claim(turn, to).await;
+            let History { messages, cut } = world.history(&attempt).await;
+            assert!(text(&messages[0]).ends_with(if cut { "text of long" } else { "text of before" }), "round {to}");
+            let own = if cut { 1 } else { 3 };
+            for (at, message) in messages[own..].iter().enumerate() {
+                let role = if at % 2 == 0 { pb::Role::Assistant } else { pb::Role::Tool };
+                assert_eq!((message.role(), message.turn_id.as_str()), (role, turn.to_string().as_str()));
+            }
+            let rounds = &messages[own..];
+            assert_eq!((rounds.len() % 2, rounds.last().unwrap().iteration), (0, to - 1));
+            assert!(rounds[0].iteration >= begun, "it never goes back");
+            begun = rounds[0].iteration;
+            let read = rounds.len() / 2 * bytes as usize;
+            assert!(messages.len() as i64 <= limits::HISTORY_MESSAGES_MAX && read <= limits::HISTORY_MAX_BYTES);
+            assert!(!cut || messages.len() >= least, "{} messages", messages.len());
+        }
+        assert!(begun > 0, "it was longer than what is read");
+    }
+}
+
 #[tokio::test]
 async fn a_chat_that_other_workers_went_on_with_is_read_on() {
     let world = World::new().await;
