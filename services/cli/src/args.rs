@@ -144,9 +144,15 @@ pub enum Mode {
 pub struct ChatArgs {
     #[command(flatten)]
     pub front: FrontDoor,
-    /// Continue this chat instead of starting one.
+    /// Continue this chat instead of starting one: its newest turn is shown, and followed where it still runs.
     #[arg(long, value_name = "CHAT_ID")]
     pub chat: Option<String>,
+    /// With --chat: show the chat from its beginning.
+    #[arg(long, requires = "chat")]
+    pub all: bool,
+    /// Show arguments and outputs of tools whole; else long ones are cut in their middle.
+    #[arg(long)]
+    pub full: bool,
     /// Model, as `reliant chat --models` lists them.
     #[arg(long)]
     pub model: Option<String>,

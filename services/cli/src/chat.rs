@@ -1,9 +1,12 @@
 //! `reliant chat`: a conversation in a terminal. Live text, tool calls, approvals asked; Ctrl-C cancels the turn.
 
-use std::io::{IsTerminal as _, Write as _};
+use std::{
+    collections::BTreeMap,
+    io::{IsTerminal as _, Write as _},
+};
 
 use anyhow::{Context as _, Result, bail};
-use reliant_client::{ChatSession, Client, From};
+use reliant_client::{ChatSession, ChatView, Client, From};
 use reliant_types::{ChatId, TurnId, pb};
 use tokio::{
     io::{AsyncBufReadExt as _, BufReader, Lines, Stdin},
@@ -18,6 +21,8 @@ use crate::{
 };
 
 const TITLE_CHARS: usize = 60;
+/// Messages read at one time where a chat is longer than its snapshot.
+const PAGE_SIZE: i32 = 200;
 
 /// Lines of the terminal; `None` ends the conversation.
 type Input = Lines<BufReader<Stdin>>;
@@ -38,11 +43,12 @@ async fn talk(args: ChatArgs) -> Result<()> {
         Some(id) => id.parse::<ChatId>()?,
         None => new_chat(&client, &args).await?,
     };
-    let mut renderer = Renderer::new(std::io::stdout(), std::io::stdout().is_terminal());
+    let mut renderer = Renderer::new(std::io::stdout(), std::io::stdout().is_terminal()).full(args.full);
     let from = if args.chat.is_some() { From::Start } else { From::Snapshot };
     let mut session = client.open_from(chat, from).await?;
     let mut input = BufReader::new(tokio::io::stdin()).lines();
     if !args.message.is_empty() {
+        renderer.catch_up([], session.view())?;
         let turn = converse(&mut session, &mut renderer, &mut input, &args.message.join(" ")).await?;
         if turn.status() != pb::TurnStatus::Succeeded {
             bail!("the turn did not succeed: {}", ending(&turn));
@@ -50,6 +56,13 @@ async fn talk(args: ChatArgs) -> Result<()> {
         return Ok(());
     }
     renderer.notice(&format!("chat {chat}; Ctrl-D leaves, Ctrl-C cancels a turn"))?;
+    if args.chat.is_some() {
+        show(&session, &mut renderer, args.all).await?;
+        // Its turns go on in front of the person's eyes; what is typed then comes behind them.
+        while let Some(turn) = open_turn(session.view()) {
+            watch(&mut session, &mut renderer, &mut input, turn).await?;
+        }
+    }
     while let Some(text) = ask(&mut input, "\n> ").await? {
         if text.trim().is_empty() {
             continue;
@@ -60,6 +73,68 @@ async fn talk(args: ChatArgs) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The present of a chat: the message of the turn that runs, or else of the newest one, and all that came behind it.
+struct Present {
+    messages: BTreeMap<i32, pb::Message>,
+    /// The first one that is shown.
+    begin: i32,
+}
+
+impl Present {
+    fn new(view: &ChatView) -> Self {
+        Self { messages: view.messages.clone(), begin: 0 }
+    }
+
+    fn first(&self) -> i32 {
+        self.messages.keys().next().copied().unwrap_or_default()
+    }
+
+    /// Finds the beginning among what is known; false: older messages are needed for it.
+    fn begins(&mut self, open: Option<&str>, all: bool) -> bool {
+        let known = self.first() <= 1;
+        let newest = self.messages.values().rev().find(|message| message.role() != pb::Role::Notice);
+        let Some(turn) = open.or(newest.map(|message| message.turn_id.as_str())) else { return true };
+        let opening =
+            self.messages.values().find(|message| message.role() == pb::Role::User && message.turn_id == turn);
+        self.begin = opening.filter(|_| !all).map_or(self.first(), |message| message.ordinal);
+        known || opening.is_some() && !all
+    }
+}
+
+/// Shows the newest turn from its beginning, or the whole chat; says how much of it is not shown. A snapshot may begin in
+/// the middle of a long turn: what is older is then read by pages.
+async fn show<W: std::io::Write>(session: &ChatSession, renderer: &mut Renderer<W>, all: bool) -> Result<()> {
+    let view = session.view();
+    let open = open_turn(view);
+    let mut present = Present::new(view);
+    while !present.begins(open.as_deref(), all) {
+        let request = pb::ListMessagesRequest {
+            chat_id: session.chat().to_string(),
+            page_size: PAGE_SIZE,
+            before_ordinal: present.first(),
+        };
+        let page = session.client().list_messages(request).await?;
+        if page.messages.is_empty() {
+            break;
+        }
+        present.messages.extend(page.messages.into_iter().map(|message| (message.ordinal, message)));
+    }
+    if present.begin > 1 {
+        renderer.left_out(present.begin - 1, "are older and not shown", &session.chat().to_string())?;
+    }
+    renderer.catch_up(present.messages.range(present.begin..).map(|(_, message)| message), view)?;
+    Ok(())
+}
+
+/// The oldest turn that is not at its end.
+fn open_turn(view: &ChatView) -> Option<String> {
+    let ended = |turn: &&pb::Turn| {
+        use pb::TurnStatus::{Cancelled, Failed, Succeeded};
+        matches!(turn.status(), Succeeded | Failed | Cancelled)
+    };
+    view.turns.values().find(|turn| !ended(turn)).map(|turn| turn.id.clone())
 }
 
 async fn models(client: &Client) -> Result<()> {
@@ -107,9 +182,27 @@ async fn converse<W: std::io::Write>(
     text: &str,
 ) -> Result<pb::Turn> {
     let sent = session.send(text).await?;
-    let turn_id = sent.turn.context("the api did not say which turn this is")?.id;
+    renderer.typed(sent.message.as_ref());
+    let turn = sent.turn.context("the api did not say which turn this is")?;
+    watch(session, renderer, input, turn.id).await
+}
+
+/// Shows a turn to its end; Ctrl-C cancels it.
+async fn watch<W: std::io::Write>(
+    session: &mut ChatSession,
+    renderer: &mut Renderer<W>,
+    input: &mut Input,
+    turn_id: String,
+) -> Result<pb::Turn> {
     let id: TurnId = turn_id.parse()?;
     let mut cancelled = false;
+    // What was asked before anybody looked.
+    let pending =
+        |approval: &&pb::Approval| approval.turn_id == turn_id && approval.status() == pb::ApprovalStatus::Pending;
+    let pending: Vec<_> = session.view().approvals.values().filter(pending).cloned().collect();
+    for approval in pending {
+        decide(session.client(), renderer, input, &approval).await?;
+    }
     loop {
         let update = tokio::select! {
             update = session.next() => update?,
@@ -180,12 +273,40 @@ pub fn ending(turn: &pb::Turn) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::title;
+    use super::*;
 
     #[test]
     fn a_message_of_many_lines_makes_a_title_of_one() {
         assert_eq!(title("mend the\n\ttests\u{7}"), "mend the tests");
         assert_eq!(title(" \n"), "Terminal");
         assert_eq!(title(&"ä".repeat(100)).chars().count(), 60);
+    }
+
+    fn chat(messages: &[(&str, pb::Role)], from: i32) -> Present {
+        let message = |at: usize, (turn, role): &(&str, pb::Role)| {
+            let ordinal = from + at as i32;
+            (ordinal, pb::Message { ordinal, turn_id: (*turn).into(), role: *role as i32, ..Default::default() })
+        };
+        let messages = messages.iter().enumerate().map(|(at, one)| message(at, one)).collect();
+        Present { messages, begin: 0 }
+    }
+
+    #[test]
+    fn the_present_is_shown_from_its_beginning() {
+        use pb::Role::{Assistant, Notice, Tool, User};
+        let mut short = chat(&[("a", User), ("a", Assistant), ("b", User), ("b", Assistant), ("", Notice)], 1);
+        assert!(short.begins(None, false));
+        assert_eq!(short.begin, 3, "the newest turn");
+        assert!(short.begins(Some("a"), false));
+        assert_eq!(short.begin, 1, "the turn that runs, others wait behind it");
+        assert!(short.begins(None, true));
+        assert_eq!(short.begin, 1);
+
+        let mut cut = chat(&[("a", Tool), ("a", Assistant), ("b", User)], 7);
+        assert!(!cut.begins(Some("a"), false), "its message is older than what is here");
+        assert!(cut.begins(None, false));
+        assert_eq!(cut.begin, 9);
+        assert!(!cut.begins(None, true), "all is wanted");
+        assert!(chat(&[], 1).begins(None, false));
     }
 }

@@ -97,6 +97,7 @@ async fn converse(up: &up::Up, args: &DemoArgs, project: &Path) -> Result<()> {
     let sent_at = Instant::now();
     let sent = session.send(&text).await?;
     let accepted = sent_at.elapsed();
+    renderer.typed(sent.message.as_ref());
     let turn_id = sent.turn.context("the api did not say which turn this is")?.id;
     let mut first_token = None;
     let turn = loop {

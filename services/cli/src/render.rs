@@ -1,15 +1,23 @@
 //! Writes a chat's updates to a terminal as they come. Knows what it has printed, so that committed text only adds
-//! what live text lacked, and a restarted attempt says so.
+//! what live text lacked, and a restarted attempt says so. Of a long output the first lines are shown and the newest ones;
+//! what is left out is counted, with the way to see it.
 
-use std::{collections::HashMap, io::Write};
+use std::{
+    collections::{HashMap, HashSet, VecDeque},
+    io::Write,
+};
 
-use reliant_client::{ClientUpdate, text_of};
+use reliant_client::{ChatView, ClientUpdate, text_of};
 use reliant_types::pb;
 
 /// Longest shown form of a call's arguments and of an output line.
 const SHOWN_CHARS_MAX: usize = 400;
-/// Output lines shown of one call; the rest is counted.
-const SHOWN_OUTPUT_LINES_MAX: usize = 40;
+/// Output lines of one call that are shown as they come; of those behind them the last ones are shown at its end.
+const FIRST_LINES_MAX: usize = 30;
+const LAST_LINES_MAX: usize = 10;
+/// A line that does not end is held so far; what comes then is counted.
+const PARTIAL_MAX_BYTES: usize = 4 * SHOWN_CHARS_MAX;
+const PARTIAL_WHOLE_MAX_BYTES: usize = 1024 * 1024;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Style {
@@ -23,8 +31,13 @@ enum Style {
 
 #[derive(Debug, Default)]
 struct ToolShown {
+    /// Whole lines that came.
     lines: usize,
+    /// The newest of those that are not shown yet.
+    last: VecDeque<String>,
     partial: Vec<u8>,
+    /// Bytes of that line that are not held.
+    dropped: usize,
     bytes: i64,
     status: i32,
 }
@@ -44,6 +57,12 @@ pub struct Renderer<W> {
     printed: HashMap<(String, i32), (i64, i64)>,
     tools: HashMap<String, ToolShown>,
     tool_names: HashMap<String, String>,
+    /// Messages that the person typed here: the terminal shows them already.
+    typed: HashSet<String>,
+    /// Messages up to this place in the chat were seen.
+    last_ordinal: i32,
+    /// Nothing is left out.
+    full: bool,
     at_line_start: bool,
     in_thinking: bool,
     /// It was said that the model is asked again.
@@ -58,10 +77,49 @@ impl<W: Write> Renderer<W> {
             printed: HashMap::new(),
             tools: HashMap::new(),
             tool_names: HashMap::new(),
+            typed: HashSet::new(),
+            last_ordinal: 0,
+            full: false,
             at_line_start: true,
             in_thinking: false,
             asked_again: false,
         }
+    }
+
+    /// Shows arguments and outputs whole.
+    pub fn full(self, full: bool) -> Self {
+        Self { full, ..self }
+    }
+
+    /// The person typed this message here.
+    pub fn typed(&mut self, message: Option<&pb::Message>) {
+        self.typed.extend(message.map(|message| message.id.clone()));
+    }
+
+    /// Shows what was said before: these messages, and what is being written and run behind them.
+    pub fn catch_up<'a>(
+        &mut self,
+        messages: impl IntoIterator<Item = &'a pb::Message>,
+        view: &ChatView,
+    ) -> std::io::Result<()> {
+        for message in messages {
+            self.message(message)?;
+        }
+        for (key, block) in view.live() {
+            match block.kind {
+                pb::StreamKind::Text | pb::StreamKind::Thinking => {
+                    let thinking = block.kind == pb::StreamKind::Thinking;
+                    self.switch(thinking)?;
+                    self.write(if thinking { Style::Dim } else { Style::Plain }, &block.text())?;
+                    let shown = (block.epoch, block.bytes.len() as i64);
+                    self.printed.insert((key.target.clone(), key.block), shown);
+                }
+                pb::StreamKind::Stdout | pb::StreamKind::Stderr => self.output(&key.target, &block.bytes)?,
+                _ => {}
+            }
+        }
+        self.last_ordinal = view.messages.keys().last().copied().unwrap_or_default().max(self.last_ordinal);
+        self.out.flush()
     }
 
     pub fn update(&mut self, update: &ClientUpdate) -> std::io::Result<Seen> {
@@ -72,7 +130,9 @@ impl<W: Write> Renderer<W> {
             }
             ClientUpdate::Event(event) => self.event(event)?,
             ClientUpdate::Snapshot(snapshot) => {
-                for message in &snapshot.messages {
+                self.missed(snapshot)?;
+                let known = self.last_ordinal;
+                for message in snapshot.messages.iter().filter(|message| message.ordinal > known) {
                     self.message(message)?;
                 }
                 let pending = snapshot.approvals.iter().find(|a| a.status() == pb::ApprovalStatus::Pending);
@@ -86,6 +146,20 @@ impl<W: Write> Renderer<W> {
         };
         self.out.flush()?;
         Ok(seen)
+    }
+
+    /// A snapshot in place of events has the newest messages only.
+    fn missed(&mut self, snapshot: &pb::ChatSnapshot) -> std::io::Result<()> {
+        let Some(first) = snapshot.messages.first() else { return Ok(()) };
+        let missed = first.ordinal - self.last_ordinal - 1;
+        let chat = snapshot.chat.as_ref().map_or("", |chat| &chat.id);
+        if missed > 0 { self.left_out(missed, "came meanwhile and are not shown", chat) } else { Ok(()) }
+    }
+
+    /// Says that messages are not shown, and how to see them.
+    pub fn left_out(&mut self, count: i32, why: &str, chat: &str) -> std::io::Result<()> {
+        let messages = if count == 1 { "1 message".to_owned() } else { format!("{count} messages") };
+        self.line(Style::Dim, &format!("… {messages} {why}; `reliant chat --chat {chat} --all` shows them"))
     }
 
     fn event(&mut self, event: &pb::ChatEvent) -> std::io::Result<Seen> {
@@ -163,13 +237,17 @@ impl<W: Write> Renderer<W> {
     }
 
     fn message(&mut self, message: &pb::Message) -> std::io::Result<()> {
+        self.last_ordinal = self.last_ordinal.max(message.ordinal);
         match message.role() {
             pb::Role::Notice => {
                 let text = text_of(message);
                 return self.line(Style::Yellow, &format!("ℹ {text}"));
             }
+            pb::Role::User if self.typed.contains(&message.id) => return Ok(()),
+            pb::Role::User => return self.line(Style::Bold, &format!("> {}", text_of(message))),
+            pb::Role::Tool => return self.results(message),
             pb::Role::Assistant => {}
-            _ => return Ok(()),
+            pb::Role::Unspecified => return Ok(()),
         }
         for block in &message.blocks {
             match &block.block {
@@ -183,12 +261,34 @@ impl<W: Write> Renderer<W> {
                 }
                 Some(pb::content_block::Block::ToolUse(call)) => {
                     self.tool_names.insert(call.tool_call_id.clone(), call.tool.clone());
-                    self.line(Style::Bold, &format!("● {} {}", call.tool, shorten(&call.input_json)))?;
+                    let input = self.shorten(&call.input_json, 0);
+                    self.line(Style::Bold, &format!("● {} {input}", call.tool))?;
                 }
                 _ => {}
             }
         }
         self.fresh_line()
+    }
+
+    /// Results of calls whose end was not seen.
+    fn results(&mut self, message: &pb::Message) -> std::io::Result<()> {
+        for block in &message.blocks {
+            let Some(pb::content_block::Block::ToolResult(result)) = &block.block else { continue };
+            let shown = self.tools.entry(result.tool_call_id.clone()).or_default();
+            if shown.status >= pb::ToolCallStatus::Succeeded as i32 {
+                continue;
+            }
+            shown.status = pb::ToolCallStatus::Succeeded as i32;
+            if shown.bytes == 0 {
+                self.output(&result.tool_call_id, result.content.as_bytes())?;
+            }
+            self.end_of_output(&result.tool_call_id)?;
+            let tool = self.tool_names.get(&result.tool_call_id).cloned().unwrap_or_else(|| "the call".into());
+            let (style, words) =
+                if result.is_error { (Style::Yellow, "✗ with an error:") } else { (Style::Green, "✓") };
+            self.line(style, &format!("{words} {tool}"))?;
+        }
+        Ok(())
     }
 
     fn tool_call(&mut self, call: &pb::ToolCall) -> std::io::Result<()> {
@@ -226,38 +326,68 @@ impl<W: Write> Renderer<W> {
     }
 
     fn output(&mut self, call: &str, piece: &[u8]) -> std::io::Result<()> {
+        let held_max = if self.full { PARTIAL_WHOLE_MAX_BYTES } else { PARTIAL_MAX_BYTES };
         let shown = self.tools.entry(call.to_owned()).or_default();
         shown.bytes += piece.len() as i64;
-        shown.partial.extend_from_slice(piece);
         let mut lines = Vec::new();
-        while let Some(end) = shown.partial.iter().position(|byte| *byte == b'\n') {
-            let line: Vec<u8> = shown.partial.drain(..=end).collect();
-            shown.lines += 1;
-            if shown.lines <= SHOWN_OUTPUT_LINES_MAX {
-                lines.push(String::from_utf8_lossy(&line).trim_end().to_owned());
+        for part in piece.split_inclusive(|byte| *byte == b'\n') {
+            let text = part.strip_suffix(b"\n").unwrap_or(part);
+            let room = held_max.saturating_sub(shown.partial.len()).min(text.len());
+            shown.partial.extend_from_slice(&text[..room]);
+            shown.dropped += text.len() - room;
+            if part.ends_with(b"\n") {
+                lines.push((std::mem::take(&mut shown.partial), std::mem::take(&mut shown.dropped)));
             }
         }
-        // A line without an end must not grow for ever.
-        if shown.partial.len() > 4 * SHOWN_CHARS_MAX {
-            shown.partial.truncate(SHOWN_CHARS_MAX);
+        for (line, dropped) in lines {
+            self.output_line(call, &line, dropped)?;
         }
-        for line in lines {
-            self.line(Style::Dim, &format!("  │ {}", shorten(&line)))?;
+        Ok(())
+    }
+
+    fn output_line(&mut self, call: &str, line: &[u8], dropped: usize) -> std::io::Result<()> {
+        let text = self.shorten(String::from_utf8_lossy(line).trim_end(), dropped);
+        let full = self.full;
+        let shown = self.tools.entry(call.to_owned()).or_default();
+        shown.lines += 1;
+        if full || shown.lines <= FIRST_LINES_MAX {
+            return self.line(Style::Dim, &format!("  │ {text}"));
+        }
+        shown.last.push_back(text);
+        if shown.last.len() > LAST_LINES_MAX {
+            shown.last.pop_front();
         }
         Ok(())
     }
 
     fn end_of_output(&mut self, call: &str) -> std::io::Result<()> {
         let Some(shown) = self.tools.get_mut(call) else { return Ok(()) };
-        let partial = String::from_utf8_lossy(&std::mem::take(&mut shown.partial)).into_owned();
-        let hidden = shown.lines.saturating_sub(SHOWN_OUTPUT_LINES_MAX);
-        if !partial.is_empty() && hidden == 0 {
-            self.line(Style::Dim, &format!("  │ {}", shorten(&partial)))?;
+        let (partial, dropped) = (std::mem::take(&mut shown.partial), std::mem::take(&mut shown.dropped));
+        if !partial.is_empty() {
+            self.output_line(call, &partial, dropped)?;
         }
-        if hidden > 0 {
-            self.line(Style::Dim, &format!("  │ … {hidden} more lines"))?;
+        let Some(shown) = self.tools.get_mut(call) else { return Ok(()) };
+        let last = std::mem::take(&mut shown.last);
+        let left_out = shown.lines.saturating_sub(FIRST_LINES_MAX + last.len());
+        if left_out > 0 && !last.is_empty() {
+            let lines = if left_out == 1 { "1 line was" } else { &format!("{left_out} lines were") };
+            self.line(Style::Dim, &format!("  │ … {lines} left out here; `reliant chat --full` shows all …"))?;
+        }
+        for line in last {
+            self.line(Style::Dim, &format!("  │ {line}"))?;
         }
         Ok(())
+    }
+
+    /// A line, with a count of what is left out of it: `dropped` bytes are not even here.
+    fn shorten(&self, text: &str, dropped: usize) -> String {
+        let longest = if self.full { usize::MAX } else { SHOWN_CHARS_MAX };
+        let end = text.char_indices().nth(longest).map_or(text.len(), |(at, _)| at);
+        let left_out = text.len() - end + dropped;
+        if left_out == 0 {
+            return text.to_owned();
+        }
+        format!("{}… ({left_out} more bytes)", &text[..end])
     }
 
     /// A line of its own, from the program and not from the model.
@@ -330,14 +460,6 @@ fn seconds_between(from: Option<&prost_types::Timestamp>, to: Option<&prost_type
     let nanos = |at: &prost_types::Timestamp| i128::from(at.seconds) * 1_000_000_000 + i128::from(at.nanos);
     let between = from.zip(to).map_or(0, |(from, to)| nanos(to) - nanos(from));
     i64::try_from((between + 999_999_999) / 1_000_000_000).unwrap_or_default().max(0)
-}
-
-fn shorten(text: &str) -> String {
-    let mut short: String = text.chars().take(SHOWN_CHARS_MAX).collect();
-    if short.len() < text.len() {
-        short.push('…');
-    }
-    short
 }
 
 #[cfg(test)]
@@ -456,5 +578,111 @@ mod tests {
     #[test]
     fn control_characters_do_not_reach_the_terminal() {
         assert!(!shown(&[delta(0, 1, "\x1b[2J")]).contains('\x1b'));
+    }
+
+    fn of_call(kind: pb::chat_event::Kind) -> ClientUpdate {
+        ClientUpdate::Event(pb::ChatEvent { kind: Some(kind), ..Default::default() })
+    }
+
+    fn output_of(call: &str, output: &str) -> ClientUpdate {
+        let block = pb::BlockRef { target_id: call.into(), block: 0, kind: pb::StreamKind::Stdout as i32 };
+        let piece = output.as_bytes().to_vec().into();
+        ClientUpdate::Delta(pb::Delta { block: Some(block), piece, ..Default::default() })
+    }
+
+    fn ended(call: &str) -> ClientUpdate {
+        let call = pb::ToolCall {
+            id: call.into(),
+            tool: "shell".into(),
+            status: pb::ToolCallStatus::Succeeded as i32,
+            ..Default::default()
+        };
+        of_call(pb::chat_event::Kind::ToolCallChanged(pb::ToolCallChanged {
+            tool_call: Some(call),
+            ..Default::default()
+        }))
+    }
+
+    #[test]
+    fn the_end_of_a_long_output_is_shown_and_what_is_left_out_is_counted() {
+        for count in [1, FIRST_LINES_MAX, FIRST_LINES_MAX + LAST_LINES_MAX, FIRST_LINES_MAX + LAST_LINES_MAX + 1, 500] {
+            let text: String = (1..=count).map(|n| format!("line {n}\n")).collect();
+            // It comes in pieces that are no lines.
+            let (head, tail) = text.split_at(text.len() / 3);
+            let shown = shown(&[output_of("c", head), output_of("c", tail), ended("c")]);
+            assert!(shown.contains(&format!("│ line {count}\n")), "{count}: the newest line: {shown}");
+            let lines = shown.lines().filter(|line| line.contains("│ line ")).count();
+            let left_out = shown.contains(&format!("{} line", count - lines)) && shown.contains("--full");
+            assert_eq!(left_out, lines < count, "{count}: {shown}");
+            assert_eq!(lines, count.min(FIRST_LINES_MAX + LAST_LINES_MAX));
+        }
+    }
+
+    #[test]
+    fn a_long_line_tells_how_much_of_it_is_left_out() {
+        for (bytes, more) in [(SHOWN_CHARS_MAX, 0), (SHOWN_CHARS_MAX + 7, 7), (100_000, 100_000 - SHOWN_CHARS_MAX)] {
+            let text = "x".repeat(bytes);
+            let (head, tail) = text.split_at(bytes / 2);
+            let shown = shown(&[output_of("c", head), output_of("c", tail), output_of("c", "\nnext\n"), ended("c")]);
+            assert_eq!(shown.contains(&format!("({more} more bytes)\n")), more > 0, "{bytes}: {shown}");
+            assert!(shown.contains("│ next\n"), "{bytes}");
+        }
+    }
+
+    #[test]
+    fn nothing_is_left_out_where_all_is_asked_for() {
+        let text: String = (1..=500).map(|n| format!("{} line {n}\n", "x".repeat(1000))).collect();
+        let mut out = Vec::new();
+        let mut renderer = Renderer::new(&mut out, false).full(true);
+        for update in [output_of("c", &text), ended("c")] {
+            renderer.update(&update).expect("a vector takes all");
+        }
+        let shown = String::from_utf8(out).expect("text");
+        assert_eq!(shown.lines().count(), 501);
+        assert!(!shown.contains('…'));
+    }
+
+    fn message(ordinal: i32, role: pb::Role, text: &str) -> pb::Message {
+        let block = pb::content_block::Block::Text(pb::TextBlock { text: text.into() });
+        pb::Message {
+            id: format!("m{ordinal}"),
+            ordinal,
+            role: role as i32,
+            blocks: vec![pb::ContentBlock { position: 0, block: Some(block) }],
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn a_snapshot_shows_what_is_new_and_tells_what_is_missing() {
+        let commit = |message| of_call(pb::chat_event::Kind::MessageCommitted(message));
+        let snapshot = |ordinals: std::ops::RangeInclusive<i32>| {
+            let chat = Some(pb::Chat { id: "c1".into(), ..Default::default() });
+            let messages = ordinals.map(|n| message(n, pb::Role::Assistant, &format!("answer {n}"))).collect();
+            ClientUpdate::Snapshot(pb::ChatSnapshot { chat, messages, ..Default::default() })
+        };
+        let first = commit(message(1, pb::Role::User, "question"));
+        let text = shown(&[first.clone(), commit(message(2, pb::Role::Assistant, "answer 2")), snapshot(1..=3)]);
+        assert_eq!(text, "> question\nanswer 2\nanswer 3\n");
+        let text = shown(&[first, snapshot(5..=6)]);
+        assert!(text.contains("3 messages came meanwhile") && text.contains("--chat c1 --all"), "{text}");
+        assert!(text.ends_with("answer 5\nanswer 6\n"));
+    }
+
+    #[test]
+    fn results_are_shown_where_the_end_of_their_call_was_not_seen() {
+        let result = |id: &str| {
+            let block = pb::ToolResultBlock { tool_call_id: id.into(), content: "said".into(), is_error: false };
+            pb::ContentBlock { position: 0, block: Some(pb::content_block::Block::ToolResult(block)) }
+        };
+        let message = pb::Message {
+            ordinal: 2,
+            role: pb::Role::Tool as i32,
+            blocks: vec![result("seen"), result("unseen")],
+            ..Default::default()
+        };
+        let commit = of_call(pb::chat_event::Kind::MessageCommitted(message));
+        let text = shown(&[output_of("seen", "out\n"), ended("seen"), commit]);
+        assert_eq!(text, "  │ out\n✓ shell done\n  │ said\n✓ the call\n");
     }
 }
