@@ -30,6 +30,10 @@ pub(crate) const WORKFLOW_TASK_TIMEOUT: Duration = Duration::from_secs(10);
 /// Tasks of a run that failed or timed out one after another: it will not recover by itself.
 pub const FAILED_TASKS_MAX: i32 = 3;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// A Temporal frontend takes one ping in 10 s (`frontend.keepAliveMinTime`) and closes the connection at the third that
+/// comes sooner. The second more is for pings that are late on their way. A dead connection is found in 16 s.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(11);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 const CONNECT_RETRY_MIN: Duration = Duration::from_millis(100);
 const CONNECT_RETRY_MAX: Duration = Duration::from_secs(2);
 
@@ -288,7 +292,7 @@ fn connection_options(config: &FlowsConfig, identity: &str) -> Result<Connection
         .connect_timeout(CONNECT_TIMEOUT)
         .retry_options(RetryOptions::no_retries())
         .keep_alive(Some(
-            ClientKeepAliveOptions::builder().interval(Duration::from_secs(5)).timeout(Duration::from_secs(5)).build(),
+            ClientKeepAliveOptions::builder().interval(KEEPALIVE_INTERVAL).timeout(KEEPALIVE_TIMEOUT).build(),
         ))
         .grpc_compression(GrpcCompression::None)
         .build())

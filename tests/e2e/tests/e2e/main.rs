@@ -7,6 +7,7 @@ mod bad_input;
 mod daemons;
 mod foreign;
 mod hostile;
+mod idle;
 mod limits;
 mod mcp;
 mod model_retries;
