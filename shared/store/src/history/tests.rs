@@ -122,7 +122,7 @@ impl Chat {
             fits(count, bytes)
         });
         match longest {
-            None => assert_eq!(Some(begin), places().last()),
+            None => assert_eq!(Some(begin), places().next_back()),
             // As much as fits, less a quarter in which the beginning may stay where it is.
             Some(longest) => {
                 assert!(fits(count, bytes), "{count} messages, {bytes} bytes");
@@ -148,10 +148,10 @@ fn sizes(max: usize) -> impl Strategy<Value = usize> {
 }
 
 fn turns() -> impl Strategy<Value = Vec<Turn>> {
-    let round = (sizes(limits::MODEL_TEXT_MAX_BYTES), sizes(limits::ROUND_RESULTS_MAX_BYTES));
+    let round = || (sizes(limits::MODEL_TEXT_MAX_BYTES), sizes(limits::ROUND_RESULTS_MAX_BYTES));
     let rounds = prop_oneof![
-        3 => prop::collection::vec(round.clone(), 0..12),
-        1 => prop::collection::vec(round, 0..120),
+        3 => prop::collection::vec(round(), 0..12),
+        1 => prop::collection::vec(round(), 0..120),
         1 => prop::collection::vec((1..2000_usize, 1..2000_usize), 300..700),
     ];
     let queued = prop_oneof![3 => Just(0..1_usize), 1 => Just(0..40_usize)]
