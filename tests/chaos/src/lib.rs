@@ -140,7 +140,7 @@ impl Campaign {
             stress_phases: 1,
             phase: Duration::from_secs(20),
             long_turns: 30,
-            limit: Duration::from_secs(90),
+            limit: Duration::from_secs(110),
             total: SHORT,
             least: 6,
             whole: false,
