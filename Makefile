@@ -54,8 +54,8 @@ test-phoenix: program tools ## Our spans in a trace store that is not ours, foun
 	@python3 xtask/provision/provision.py phoenix
 	@$(RELIANT_CACHE)/phoenix/bin/python tests/foreign/phoenix.py $(BIN)/reliant
 
-bench: web tools ## Measure it, in release; JSON to $BENCH_OUT (ARGS=--strict fails where a goal is missed)
-	@[ -x $(RELEASE)/reliant-bench ] || echo "building in release; from nothing this takes some ten minutes on two cores"
+bench: web tools ## Measure it, in release; JSON to $BENCH_OUT (ARGS=--strict fails where a goal is missed; ARGS=growth,overload measures these parts alone)
+	@[ -x $(RELEASE)/reliant-bench ] || echo "building in release; from nothing this takes about ten minutes on two cores"
 	@cargo build --release -p reliant-cli -p reliant-bench
 	@$(RELEASE)/reliant-bench $(ARGS)
 

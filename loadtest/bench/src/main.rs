@@ -3,12 +3,18 @@
 //! commas between them, measure these alone; `--strict` fails where a goal is missed. With `--slices` it measures short
 //! slices of parts when it is asked to (slices.rs), for a comparison with another build.
 
+mod arrivals;
+mod closed_loop;
 mod daemons;
 mod floors;
+mod growth;
 mod long_chat;
+mod overload;
+mod progress;
 mod report;
 mod slices;
 mod streams;
+mod temporal_http;
 mod tracing_cost;
 mod turns;
 
@@ -24,7 +30,8 @@ use report::Report;
 
 /// The roles would read it, too.
 const OTLP_VARIABLE: &str = "RELIANT_TELEMETRY__OTLP_ENDPOINT";
-const PARTS: [&str; 7] = ["floors", "turns", "trips", "streams", "memory", "long", "tracing"];
+const PARTS: [&str; 10] =
+    ["floors", "turns", "trips", "streams", "memory", "long", "growth", "arrivals", overload::PART, "tracing"];
 
 #[tokio::main]
 async fn main() -> Result<()> {
@@ -40,7 +47,11 @@ async fn main() -> Result<()> {
     let wanted = |name: &str| only.as_deref().is_none_or(|only| only.split(',').any(|part| part == name));
     let options = RigOptions {
         apis: 2,
-        config: "[api.limits.rate]\ncalls_per_second = 0.0\n\n[telemetry]\nlog = \"warn\"\n".into(),
+        // The daemons' configuration is what begins at [telemetry].
+        config: format!(
+            "[api.limits.rate]\ncalls_per_second = 0.0\n\n{}[telemetry]\nlog = \"warn\"\n",
+            growth::config()
+        ),
         ..Default::default()
     };
     let rig = Rig::start(options).await.context("the mesh did not start")?;
@@ -71,6 +82,15 @@ async fn main() -> Result<()> {
     }
     if wanted("long") {
         long_chat::run(&bench, &mut report).await.context("long chat")?;
+    }
+    if wanted("growth") {
+        Box::pin(growth::run(&bench, &mut report)).await.context("growth")?;
+    }
+    if wanted("arrivals") {
+        Box::pin(arrivals::run(&bench, &mut report)).await.context("arrivals")?;
+    }
+    if wanted(overload::PART) {
+        Box::pin(overload::run(&mut bench, &mut report)).await.context("overload")?;
     }
     // Last: from here on this process's own spans are exported, too.
     if wanted("tracing") {

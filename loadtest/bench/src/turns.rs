@@ -20,7 +20,9 @@ use crate::{Amount, Bench, report::Report};
 
 pub const PLAIN: &str = "sim/text?tokens=20";
 pub const TOOL: &str = "sim/tool?tool=noop&args=%7B%7D";
-const CHATS: usize = 32;
+/// A turn with one call of the shell, which a person's own turns mostly make.
+pub const SHELL: &str = "sim/tool?args=%7B%22command%22%3A%22true%22%7D";
+pub const CHATS: usize = 32;
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
 pub async fn run(bench: &Bench, report: &mut Report) -> Result<()> {
@@ -36,16 +38,16 @@ pub async fn run(bench: &Bench, report: &mut Report) -> Result<()> {
     report.set("tool_turn_ms_p50", tool.at(0.5));
     report.set("tool_turn_ms_p95", tool.at(0.95));
 
-    let before = cpu_by_role(&bench.rig).await?;
+    let before = cpu_by_role(bench).await?;
     let (turns, rate) = at_once(bench, PLAIN, bench.amount.rate_time).await?;
     report.set("turns_per_s_32", rate);
-    for ((role, before), (_, after)) in before.into_iter().zip(cpu_by_role(&bench.rig).await?) {
+    for ((role, before), (_, after)) in before.into_iter().zip(cpu_by_role(bench).await?) {
         report.set(&format!("cpu_ms_per_turn_{role}"), (after - before) / turns as f64);
     }
-    let before = cpu_by_role(&bench.rig).await?;
+    let before = cpu_by_role(bench).await?;
     let (turns, rate) = at_once(bench, TOOL, bench.amount.rate_time).await?;
     report.set("tool_turns_per_s_32", rate);
-    for ((role, before), (_, after)) in before.into_iter().zip(cpu_by_role(&bench.rig).await?) {
+    for ((role, before), (_, after)) in before.into_iter().zip(cpu_by_role(bench).await?) {
         report.set(&format!("cpu_ms_per_tool_turn_{role}"), (after - before) / turns as f64);
     }
     Ok(())
@@ -98,8 +100,9 @@ pub async fn at_once(bench: &Bench, model: &str, time: Duration) -> Result<(usiz
     Ok((done, done as f64 / begun.elapsed().as_secs_f64()))
 }
 
-/// CPU milliseconds used so far, by process.
-async fn cpu_by_role(rig: &Rig) -> Result<Vec<(&'static str, f64)>> {
+/// CPU milliseconds used so far, by process; the processes of tool calls that have ended are not in the daemon's.
+pub async fn cpu_by_role(bench: &Bench) -> Result<Vec<(&'static str, f64)>> {
+    let rig = &bench.rig;
     let shared = Rig::shared_servers().await?;
     let all = |roles: &[reliant_devstack::RoleProcess]| roles.iter().map(reliant_devstack::RoleProcess::pid).collect();
     let server = |pid: Option<u32>| pid.into_iter().collect();
@@ -107,6 +110,7 @@ async fn cpu_by_role(rig: &Rig) -> Result<Vec<(&'static str, f64)>> {
         ("api", all(&rig.mesh.apis)),
         ("worker", all(&rig.mesh.workers)),
         ("gateway", all(&rig.mesh.gateways)),
+        ("daemon", vec![bench.daemon.process.pid()]),
         ("model_sim", vec![rig.mesh.sim.pid()]),
         ("temporal", server(shared.pid(Server::Temporal))),
         ("postgres", server(shared.pid(Server::Postgres))),

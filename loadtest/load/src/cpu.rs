@@ -31,6 +31,17 @@ pub fn by_role<N>(roles: impl IntoIterator<Item = (N, Vec<u32>)>) -> Vec<(N, f64
     roles.into_iter().map(|(name, pids)| (name, pids.into_iter().map(family_ms).sum())).collect()
 }
 
+/// The processes below this one, children before grandchildren; what ends meanwhile may be among them.
+pub fn descendants(pid: u32) -> Vec<u32> {
+    let mut found = children(pid);
+    let mut next = 0;
+    while let Some(pid) = found.get(next).copied() {
+        found.extend(children(pid));
+        next += 1;
+    }
+    found
+}
+
 struct Stat {
     own_ms: f64,
     ended_children_ms: f64,
@@ -74,6 +85,27 @@ mod tests {
         assert_eq!((stat.own_ms, stat.ended_children_ms), (2250.0, 300.0));
         assert!(parse("").is_none());
         assert_eq!(busy_ms("cpu  10 0 20 1000 500 1 2 0 9 9\ncpu0 1 1 1"), 330.0);
+    }
+
+    #[test]
+    fn descendants_are_children_and_theirs() {
+        let mut shell = Command::new("sh").args(["-c", "sh -c 'sleep 60; :' & wait"]).spawn().unwrap();
+        let begun = std::time::Instant::now();
+        // A shell within the shell, and its sleep.
+        let below = loop {
+            let below = descendants(shell.id());
+            if below.len() == 2 {
+                break below;
+            }
+            assert!(begun.elapsed().as_secs() < 60, "{below:?}");
+            std::thread::yield_now();
+        };
+        assert_eq!(children(below[0]), below[1..]);
+        for pid in below.into_iter().rev() {
+            Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap();
+        }
+        shell.wait().unwrap();
+        assert!(descendants(u32::MAX).is_empty());
     }
 
     #[test]
