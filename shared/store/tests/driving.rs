@@ -180,9 +180,9 @@ async fn rounds(world: &World, turn: TurnId, from: i32, to: i32, bytes: i32) {
               t AS (UPDATE turns SET iteration = $4 WHERE id = $2 RETURNING ordinal),
               g AS (UPDATE chats SET last_ordinal = last_ordinal + 2 * ($4 - $3) WHERE id = $1)
          INSERT INTO messages (id, chat_id, turn_id, ordinal, turn_ordinal, role, iteration, bytes)
-         SELECT gen_random_uuid(), $1, $2, c.last_ordinal + 1 + 2 * (n - $3) + r.n, t.ordinal, r.role, n,
-                CASE r.n WHEN 1 THEN $5 ELSE 10 END
-         FROM c, t, generate_series($3, $4 - 1) n, (VALUES (0, 'assistant'), (1, 'tool')) AS r (n, role)",
+         SELECT gen_random_uuid(), $1, $2, c.last_ordinal + 1 + 2 * (s.round - $3) + r.half, t.ordinal, r.role,
+                s.round, CASE r.half WHEN 1 THEN $5 ELSE 10 END
+         FROM c, t, generate_series($3, $4 - 1) AS s (round), (VALUES (0, 'assistant'), (1, 'tool')) AS r (half, role)",
     )
     .bind(world.chat.0)
     .bind(turn.0)
