@@ -3,7 +3,7 @@
 
 use std::{future::Future, sync::Arc};
 
-use reliant_bus::{BurstSubject, Bus, FeedSubject, UpdateSubject};
+use reliant_bus::{Bus, FeedSubject, UpdateSubject};
 use reliant_flows::Flows;
 use reliant_runtime::{Drain, TaskKind};
 use reliant_store::{Committed, Wake};
@@ -139,8 +139,8 @@ async fn wake_chat(flows: &Flows, wake: Wake, asked: &TraceContext) {
 /// A worker has a burst of the chat: it looks again before the burst ends.
 async fn hint_burst(bus: &Bus, wake: &Wake, worker: InstanceId) {
     let hint = pb::BurstHint { chat_id: wake.chat.to_string(), ..Default::default() };
-    let trace = Bus::context_below::<BurstSubject>(&TraceContext::from_traceparent(&wake.traceparent));
-    if let Err(error) = bus.publish_with(&trace, &BurstSubject { worker: worker.0 }, &hint).await {
+    let parent = TraceContext::from_traceparent(&wake.traceparent);
+    if let Err(error) = bus.hint_burst(worker, &hint, &parent).await {
         tracing::debug!(error = %chain(&error), chat.id = %wake.chat, "a hint was not published; its worker finds what is wanted");
     }
 }

@@ -53,11 +53,10 @@ pub async fn run(
     let mut trace = trace;
     let mut step = burst.first_look(&trace).await?;
     loop {
-        let (turn, calls) = match step {
+        let turn = match step {
             Step::Wait { for_ms, .. } => return Ok(burst.end(turns.len(), for_ms)),
             Step::Idle => return Ok(burst.end(turns.len(), None)),
-            Step::CallModel { turn, .. } => (turn, None),
-            Step::Dispatch { turn, ref calls } => (turn, Some(calls.clone())),
+            Step::CallModel { turn, .. } | Step::Dispatch { turn, .. } => turn,
         };
         if turns.last() != Some(&turn) {
             if turns.len() >= turns_max {
@@ -72,13 +71,11 @@ pub async fn run(
         if burst.is_over() || began.elapsed() > TIME_MAX {
             return Ok(burst.end(turns.len(), Some(0)));
         }
-        match (step, calls) {
-            (Step::CallModel { iteration, .. }, _) => burst.rounds(turn, iteration, &trace).await?,
-            (_, Some(calls)) => {
-                // The next look says what the results are good for.
-                burst.send(turn, &calls, &trace).await?;
-            }
-            (_, None) => {}
+        match step {
+            Step::CallModel { iteration, .. } => burst.rounds(turn, iteration, &trace).await?,
+            // The next look says what the results are good for.
+            Step::Dispatch { calls, .. } => _ = burst.send(turn, &calls, &trace).await?,
+            Step::Wait { .. } | Step::Idle => {}
         }
         step = engine.next_step(chat, Look::Last(engine.instance)).await?;
     }

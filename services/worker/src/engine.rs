@@ -10,7 +10,7 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use reliant_bus::{BurstSubject, Bus};
+use reliant_bus::Bus;
 use reliant_flows::{DriverError, Flows};
 use reliant_models::Models;
 use reliant_store::{Committed, Look, Step, Store, StoreError, Wake};
@@ -154,8 +154,7 @@ impl Engine {
             return self.bursts.hint(chat);
         }
         let hint = pb::BurstHint { chat_id: chat.to_string(), ..Default::default() };
-        let trace = Bus::context_below::<BurstSubject>(parent);
-        if let Err(error) = self.bus.publish_with(&trace, &BurstSubject { worker: worker.0 }, &hint).await {
+        if let Err(error) = self.bus.hint_burst(worker, &hint, parent).await {
             tracing::debug!(error = %chain(&error), chat.id = %chat, "a hint was not published; its worker finds what is wanted");
         }
     }

@@ -19,7 +19,7 @@ const LATE: Duration = Duration::from_millis(1000);
 const IN_TIME: Duration = Duration::from_millis(300);
 /// So many model calls are taken on whatever happens: most of their time is the provider's.
 const SLOTS_MIN: usize = 64;
-/// Fewer rounds since the last look say nothing.
+/// Fewer rounds say nothing; they are kept for the next look.
 const SAMPLES_MIN: usize = 4;
 const SAMPLES_MAX: usize = 256;
 
@@ -52,11 +52,11 @@ impl Load {
     pub fn adjust(&self) -> usize {
         let median = {
             let mut rounds = self.rounds.lock();
-            let mut overheads = std::mem::take(&mut rounds.overheads);
-            if overheads.len() >= SAMPLES_MIN {
+            if rounds.overheads.len() >= SAMPLES_MIN {
+                let mut overheads = std::mem::take(&mut rounds.overheads);
                 overheads.sort_unstable();
                 rounds.median = overheads[overheads.len() / 2];
-            } else if overheads.is_empty() {
+            } else if rounds.overheads.is_empty() {
                 // Nothing was stored: what was late may not be so any more.
                 rounds.median /= 2;
             }
@@ -122,6 +122,13 @@ mod tests {
         assert_eq!(load.adjust(), 100);
         assert_eq!(adjust(&load, Duration::from_secs(8), 9), 64);
         (0..12).for_each(|_| _ = load.adjust());
+        assert_eq!(load.slots.load(Ordering::Relaxed), 100);
+        // So does one that has a round now and then.
+        assert_eq!(adjust(&load, Duration::from_secs(8), 9), 64);
+        for _ in 0..48 {
+            load.observe(Duration::from_millis(10));
+            load.adjust();
+        }
         assert_eq!(load.slots.load(Ordering::Relaxed), 100);
     }
 }

@@ -8,7 +8,7 @@ use reliant_telemetry::{
     metrics::{self, BUS_DURATION},
     names::{TRACEPARENT, TRACESTATE},
 };
-use reliant_types::{Secret, boxed, limits};
+use reliant_types::{InstanceId, Secret, boxed, limits, pb};
 use std::{
     hash::{BuildHasher, RandomState},
     path::PathBuf,
@@ -21,7 +21,7 @@ use std::{
 use tokio::sync::watch;
 
 use crate::{
-    BusError, RequestTopic, Subscription, Topic,
+    BurstSubject, BusError, RequestTopic, Subscription, Topic,
     health::{self, Down, Events},
 };
 
@@ -239,6 +239,18 @@ impl Bus {
     /// [`Self::context_of_publish`], below `parent`.
     pub fn context_below<T: Topic>(parent: &TraceContext) -> TraceContext {
         hop(parent, send_span(T::TEMPLATE, "publish"))
+    }
+
+    /// Tells the worker with a burst of a chat to look at Postgres again. It may be lost: the worker looks by itself, too.
+    #[boxed]
+    pub async fn hint_burst(
+        &self,
+        worker: InstanceId,
+        hint: &pb::BurstHint,
+        parent: &TraceContext,
+    ) -> Result<(), BusError> {
+        let trace = Self::context_below::<BurstSubject>(parent);
+        self.publish_with(&trace, &BurstSubject { worker: worker.0 }, hint).await
     }
 
     /// The same for a request. One that is asked again links to the one `before` it.

@@ -4,7 +4,7 @@
 use std::{sync::Arc, time::Duration};
 
 use futures::StreamExt as _;
-use reliant_bus::{BurstSubject, Bus, ToolSubject};
+use reliant_bus::{Bus, ToolSubject};
 use reliant_middleware::Principal;
 use reliant_rpc::turn_service_server::TurnService;
 use reliant_store::{CancelCall, CancelOutcome};
@@ -47,10 +47,8 @@ impl Turns {
             let (app, turn_id, chat_id) = (self.0.clone(), turn.id.clone(), turn.chat_id.clone());
             self.0.effects.spawn("cancel", async move {
                 if let Some(producer) = producer {
-                    let subject = BurstSubject { worker: producer.into() };
                     let hint = pb::BurstHint { chat_id, cancelled_turn_id: turn_id };
-                    let sent = Bus::context_below::<BurstSubject>(&trace);
-                    if let Err(error) = app.effects.bus().publish_with(&sent, &subject, &hint).await {
+                    if let Err(error) = app.effects.bus().hint_burst(producer, &hint, &trace).await {
                         tracing::debug!(error = %chain(&error), "a producer was not told of a cancel; its next write will tell it");
                     }
                 }
