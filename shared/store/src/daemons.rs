@@ -5,15 +5,15 @@
 
 use prost::Message as _;
 use reliant_types::{
-    ChatId, Code, DaemonId, Failure, InstanceId, UserId, boxed, limits,
+    Code, DaemonId, Failure, InstanceId, UserId, boxed, limits,
     pb::{self, feed_event::Kind as FeedKind},
     timestamp,
 };
 use uuid::Uuid;
 
 use crate::{
-    Committed, DaemonHello, Lease, Renewed, Result, Store, StoreError, Wake, chat_tx::log_feed, checks, pool::Tx,
-    rows::declarations, tokens::insert_token,
+    Committed, DaemonHello, Lease, Renewed, Result, Store, StoreError, chat_tx::log_feed, checks, pool::Tx,
+    relay::WokenRow, rows::declarations, tokens::insert_token,
 };
 
 /// The scope of a daemon's token.
@@ -365,7 +365,8 @@ impl Store {
     #[boxed]
     pub async fn daemon_back(&self, daemon: DaemonId) -> Result<Vec<Committed<()>>> {
         self.run("daemon_back", async || {
-            let rows = sqlx::query!(
+            let rows = sqlx::query_as!(
+                WokenRow,
                 r#"WITH waiting AS (
                        SELECT id FROM chats
                        WHERE id IN (SELECT chat_id FROM tool_calls WHERE daemon_id = $1 AND ended_at IS NULL
@@ -388,8 +389,7 @@ impl Store {
             .await?;
             let woken = rows.into_iter().map(|row| {
                 let user = UserId(row.user_id);
-                let wake = Wake { chat: ChatId(row.id), user, traceparent: row.traceparent, burst: None };
-                Committed { wake: Some(wake), ..Committed::nothing(user, ()) }
+                Committed { wake: Some(row.into()), ..Committed::nothing(user, ()) }
             });
             Ok(woken.collect())
         })

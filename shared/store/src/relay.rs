@@ -30,6 +30,20 @@ const WAITING_AFTER_SECS: f64 = 300.0;
 /// A cancel that was not answered by a result is sent again.
 const CANCEL_AGAIN_SECS: f64 = 3.0;
 
+/// A chat that a statement wants something of.
+pub(crate) struct WokenRow {
+    pub id: Uuid,
+    pub user_id: Uuid,
+    pub traceparent: String,
+}
+
+impl From<WokenRow> for Wake {
+    /// Signalled, whether a burst is open or not: what the relay finds is what a burst has missed.
+    fn from(row: WokenRow) -> Self {
+        Wake { chat: ChatId(row.id), user: UserId(row.user_id), traceparent: row.traceparent, burst: None }
+    }
+}
+
 impl Store {
     /// Chats with `wanted > seen` that do not wait for a place and that were not woken for so long; after some times for
     /// longer each time, at random within a half, so that many do not come at once. Users take turns: one's thousand chats do not delay
@@ -157,7 +171,8 @@ impl Store {
     #[boxed]
     pub async fn orphaned_turns(&self, limit: i64) -> Result<Vec<Wake>> {
         self.run("orphaned_turns", async || {
-            let rows = sqlx::query!(
+            let rows = sqlx::query_as!(
+                WokenRow,
                 r#"WITH gone AS (
                        -- Chats with a turn whose worker's heartbeat is old, and of which nothing is wanted.
                        SELECT c.id, t.traceparent FROM turns t JOIN chats c ON c.id = t.chat_id
@@ -173,13 +188,7 @@ impl Store {
             )
             .fetch_all(&self.pool)
             .await?;
-            let wakes = rows.into_iter().map(|row| Wake {
-                chat: ChatId(row.id),
-                user: UserId(row.user_id),
-                traceparent: row.traceparent,
-                burst: None,
-            });
-            Ok(wakes.collect())
+            Ok(rows.into_iter().map(Wake::from).collect())
         })
         .await
     }
@@ -189,7 +198,8 @@ impl Store {
     #[boxed]
     pub async fn due_retries(&self, late: Duration, limit: i64) -> Result<Vec<Wake>> {
         self.run("due_retries", async || {
-            let rows = sqlx::query!(
+            let rows = sqlx::query_as!(
+                WokenRow,
                 r#"WITH due AS (
                        SELECT c.id, t.traceparent FROM turns t JOIN chats c ON c.id = t.chat_id
                        WHERE t.retry_at < now() - $1 * interval '1 second' AND t.ended_at IS NULL AND c.wanted = c.seen
@@ -204,13 +214,7 @@ impl Store {
             )
             .fetch_all(&self.pool)
             .await?;
-            let wakes = rows.into_iter().map(|row| Wake {
-                chat: ChatId(row.id),
-                user: UserId(row.user_id),
-                traceparent: row.traceparent,
-                burst: None,
-            });
-            Ok(wakes.collect())
+            Ok(rows.into_iter().map(Wake::from).collect())
         })
         .await
     }
@@ -219,7 +223,8 @@ impl Store {
     #[boxed]
     pub async fn stale_open_turns(&self, limit: i64) -> Result<Vec<Wake>> {
         self.run("stale_open_turns", async || {
-            let rows = sqlx::query!(
+            let rows = sqlx::query_as!(
+                WokenRow,
                 r#"WITH open AS (
                        SELECT chat_id, bool_or(status NOT IN ('waiting_approval', 'waiting_daemon') AND retry_at IS NULL) AS works
                        FROM turns WHERE ended_at IS NULL GROUP BY chat_id
@@ -242,13 +247,7 @@ impl Store {
             )
             .fetch_all(&self.pool)
             .await?;
-            let wakes = rows.into_iter().map(|row| Wake {
-                chat: ChatId(row.id),
-                user: UserId(row.user_id),
-                traceparent: row.traceparent,
-                burst: None,
-            });
-            Ok(wakes.collect())
+            Ok(rows.into_iter().map(Wake::from).collect())
         })
         .await
     }
