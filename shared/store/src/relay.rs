@@ -151,7 +151,11 @@ impl Store {
                 tx.event(Kind::TurnChanged(turn.to_pb()));
                 tx.commit(()).await
             });
-            let _ = telling.await?;
+            match telling.await {
+                // Deleted meanwhile.
+                Err(StoreError::NotFound { .. }) => {}
+                told => _ = told?,
+            }
         }
         Ok(())
     }

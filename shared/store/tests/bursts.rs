@@ -22,6 +22,10 @@ async fn beat(world: &World, id: InstanceId) {
     world.store().heartbeat_instance(&beat).await.unwrap();
 }
 
+async fn end_turns(world: &World) {
+    world.db.execute("UPDATE turns SET status = 'cancelled', ended_at = now() WHERE ended_at IS NULL").await;
+}
+
 async fn look(world: &World, look: Look) -> Step {
     world.store().next_step(world.chat, look).await.unwrap().value
 }
@@ -53,10 +57,10 @@ async fn a_burst_is_hinted_until_its_last_look() {
     let _ = world.store().commit_message(answer(&attempt, "done", vec![])).await.unwrap();
     // It goes on with the next ones, and is still hinted.
     assert!(matches!(look(&world, Look::Last(world.worker)).await, Step::CallModel { .. }));
-    world.db.execute("UPDATE turns SET status = 'cancelled', ended_at = now() WHERE ended_at IS NULL").await;
+    end_turns(&world).await;
     assert_eq!(look(&world, Look::Within(world.worker)).await, Step::Idle);
     assert_eq!(send(&world, "d").await.unwrap().burst, Some(world.worker), "a look in the middle does not end it");
-    world.db.execute("UPDATE turns SET status = 'cancelled', ended_at = now() WHERE ended_at IS NULL").await;
+    end_turns(&world).await;
     assert_eq!(look(&world, Look::Last(world.worker)).await, Step::Idle);
     assert_eq!(send(&world, "e").await.unwrap().burst, None, "from here on it is signalled");
 }
@@ -74,7 +78,7 @@ async fn a_burst_of_a_worker_that_is_gone_counts_no_longer() {
     beat(&world, second).await;
     look(&world, Look::Last(second)).await;
     beat(&world, world.worker).await;
-    world.db.execute("UPDATE turns SET status = 'cancelled', ended_at = now() WHERE ended_at IS NULL").await;
+    end_turns(&world).await;
     assert_eq!(look(&world, Look::Last(world.worker)).await, Step::Idle);
     assert_eq!(send(&world, "c").await.unwrap().burst, Some(second));
     let _ = turn;
@@ -95,7 +99,7 @@ async fn open_bursts_note_what_is_wanted_of_their_chats_alone() {
     let _ = world.store().request_cancel(world.user, turn).await.unwrap();
     assert_eq!(observe(world.worker).await, Observed { chats: vec![world.chat], ended: vec![turn] });
     // A burst that ended is not answered for.
-    world.db.execute("UPDATE turns SET status = 'cancelled', ended_at = now() WHERE ended_at IS NULL").await;
+    end_turns(&world).await;
     look(&world, Look::Last(world.worker)).await;
     assert!(send(&world, "c").await.is_some());
     assert_eq!(observe(world.worker).await.chats, []);
@@ -116,7 +120,7 @@ async fn nothing_falls_between_a_last_look_and_a_wake() {
                 signals.add_permits(1);
             }
             tokio::time::sleep(Duration::from_millis(round % 4)).await;
-            world.db.execute("UPDATE turns SET status = 'cancelled', ended_at = now() WHERE ended_at IS NULL").await;
+            end_turns(&world).await;
         }
     };
     let sent = std::sync::atomic::AtomicBool::new(false);

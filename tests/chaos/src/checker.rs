@@ -18,9 +18,10 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::{
-    report::{CAUSES, Findings, Tally},
+    report::{CAUSES, Findings},
     scripts::{Marks, key_of},
     seat::{Ledger, Seat},
+    tally::Tally,
 };
 
 /// After the last fault is healed, for all that is under way.

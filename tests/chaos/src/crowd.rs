@@ -11,10 +11,10 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     chance::Chance,
     conditions::Conditions,
-    report::Tally,
     scripts::{call, last, message, round},
     seat::{Accepted, Ledger, Seat},
     step::describe,
+    tally::Tally,
 };
 
 /// As for the chats that faults are aimed at, and the fault of another on top.

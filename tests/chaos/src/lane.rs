@@ -9,8 +9,8 @@ use crate::{
     chance::Chance,
     conditions::Conditions,
     matrix::{self, Cell, Kind, Process, Step},
-    report::{Hit, Tally},
     step::{Scene, Stage},
+    tally::{Hit, Tally},
 };
 
 /// What a fault may delay a turn by; the slowest legal way is the relay's slow look.

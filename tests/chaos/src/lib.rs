@@ -23,6 +23,7 @@ pub mod seat;
 mod step;
 pub mod stressor;
 mod takeover;
+mod tally;
 mod theatre;
 
 use std::{path::PathBuf, time::Duration};
@@ -31,8 +32,9 @@ use anyhow::{Context as _, Result};
 use tokio::time::Instant;
 
 pub use chance::clock_seed;
-pub use report::{Report, say};
+pub use report::Report;
 pub use step::{Stage, describe};
+pub use tally::say;
 pub use theatre::{AT_ONCE, Cast, Theatre};
 
 use crate::{

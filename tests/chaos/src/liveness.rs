@@ -23,7 +23,7 @@ use reliant_types::ChatId;
 use tokio::{task::JoinHandle, time::sleep};
 use tokio_util::sync::CancellationToken;
 
-use crate::{conditions::Conditions, report::Tally};
+use crate::{conditions::Conditions, tally::Tally};
 
 /// A worker looks at a requested chat at once; a lost signal is sent again by the relay after 2 seconds.
 pub const UNSEEN_MAX: Duration = Duration::from_secs(30);

@@ -10,7 +10,7 @@ use crate::{
     chance::Chance,
     conditions::Conditions,
     matrix::Process,
-    report::{Tally, say},
+    tally::{Tally, say},
 };
 
 const SERVERS: [Process; 3] = [Process::Postgres, Process::Nats, Process::Temporal];

@@ -11,8 +11,8 @@ use tokio::time::{Instant, sleep, sleep_until};
 use crate::{
     chance::Chance,
     conditions::Conditions,
-    report::{Tally, say},
     stressor::Stressor,
+    tally::{Tally, say},
 };
 
 const HALF: f64 = 0.5;

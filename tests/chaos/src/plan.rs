@@ -9,7 +9,8 @@ use crate::{
     matrix::Cell,
     outages::Pair,
     phases::{Phase, Planned},
-    report::{Hit, quantile},
+    report::quantile,
+    tally::Hit,
 };
 
 /// What is promised of a takeover, for 99 in 100.

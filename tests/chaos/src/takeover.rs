@@ -11,9 +11,9 @@ use tokio::time::{Instant, sleep};
 use crate::{
     chance::Chance,
     matrix::{Cell, Kind, Process, Step},
-    report::{Hit, Tally, say},
     scripts::{last, message, round},
     seat::{Accepted, Ledger, Seat},
+    tally::{Hit, Tally, say},
 };
 
 /// Streams at one time; the killed worker has some of them.

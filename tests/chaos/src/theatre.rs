@@ -15,10 +15,11 @@ use crate::{
     liveness::Monitor,
     plan::Plan,
     replay,
-    report::{Findings, Report, Tally, say},
+    report::{Findings, Report},
     seat::Ledger,
     step::Stage,
     takeover::Audience,
+    tally::{Tally, say},
 };
 
 /// The longest of replaying all histories.

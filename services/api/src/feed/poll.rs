@@ -25,7 +25,19 @@ pub async fn run(hub: Arc<Hub>) {
         if let Err(error) = look(&hub, &mut log_epoch).await {
             tracing::debug!(error = %chain(&error), "the logs could not be compared");
         }
+        if let Err(error) = tell_standing(&hub).await {
+            tracing::debug!(error = %chain(&error), "the people of turns that stand were not told why");
+        }
     }
+}
+
+/// What it writes is found by the next look at the logs.
+async fn tell_standing(hub: &Hub) -> Result<(), StoreError> {
+    let chats: Vec<_> = hub.chats.progress().into_iter().map(|((_, chat), _)| chat).collect();
+    for batch in chats.chunks(BATCH_MAX) {
+        hub.deps.store.tell_standing(batch, STANDS_AFTER).await?;
+    }
+    Ok(())
 }
 
 async fn look(hub: &Hub, log_epoch: &mut Option<i64>) -> Result<(), StoreError> {
@@ -38,8 +50,6 @@ async fn look(hub: &Hub, log_epoch: &mut Option<i64>) -> Result<(), StoreError> 
     for batch in chats.chunks(BATCH_MAX) {
         let ids: Vec<_> = batch.iter().map(|((_, chat), _)| *chat).collect();
         let last: std::collections::HashMap<_, _> = hub.deps.store.last_seqs(&ids).await?.into_iter().collect();
-        // What it writes is found by the next look.
-        hub.deps.store.tell_standing(&ids, STANDS_AFTER).await?;
         for (key, seq) in batch {
             // A log that is shorter than what was given out is another log.
             match last.get(&key.1) {
