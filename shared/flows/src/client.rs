@@ -265,8 +265,8 @@ impl RunState {
     }
 }
 
-/// The name of the chat's workflow in Temporal.
-const CHAT_TYPE: &str = "chat";
+/// The name of the chat's workflow in Temporal: that of `run` in workflow.rs.
+pub(crate) const CHAT_TYPE: &str = "chat";
 
 /// The id under which a chat's workflow runs; at most one is open.
 pub fn workflow_id(chat: ChatId) -> String {

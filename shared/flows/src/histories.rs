@@ -18,11 +18,9 @@ use temporalio_common::protos::temporal::api::{
 use temporalio_sdk::workflow_replayer::{WorkflowReplayer, WorkflowReplayerOptions};
 use tokio::{sync::oneshot, time::Instant};
 
-use crate::{FlowsConfig, FlowsError, client::connect_once, workflow::ChatWorkflow};
+use crate::{FlowsConfig, FlowsError, client::{CHAT_TYPE, connect_once}, workflow::ChatWorkflow};
 
 const IDENTITY: &str = "reliant-replay";
-/// The name under which [`ChatWorkflow`] is registered.
-const WORKFLOW_TYPE: &str = "chat";
 const RUNS_PER_PAGE: i32 = 200;
 /// The server ends a run at 51,200 events; a longer history is none of ours.
 const EVENTS_MAX: usize = 60_000;
@@ -172,7 +170,7 @@ async fn to_json(history: History) -> Result<Vec<u8>, FlowsError> {
 }
 
 async fn list_runs(client: &Client, config: &FlowsConfig) -> Result<Vec<ChatRun>, FlowsError> {
-    let query = format!("WorkflowType = '{WORKFLOW_TYPE}' AND TaskQueue = '{}'", config.task_queue.replace('\'', "''"));
+    let query = format!("WorkflowType = '{CHAT_TYPE}' AND TaskQueue = '{}'", config.task_queue.replace('\'', "''"));
     let mut service = client.connection().workflow_service();
     let mut runs = Vec::new();
     let mut next_page_token = Vec::new();
