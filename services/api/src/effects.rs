@@ -76,7 +76,7 @@ impl Effects {
     }
 }
 
-async fn publish_events(bus: &Bus, trace: &TraceContext, user: UserId, events: Vec<pb::ChatEvent>) {
+pub async fn publish_events(bus: &Bus, trace: &TraceContext, user: UserId, events: Vec<pb::ChatEvent>) {
     let Some(chat) = events.first().and_then(|event| event.chat_id.parse::<ChatId>().ok()) else { return };
     for events in batches(events) {
         let update = pb::ChatUpdate { events, ..Default::default() };

@@ -18,7 +18,11 @@ use temporalio_common::protos::temporal::api::{
 use temporalio_sdk::workflow_replayer::{WorkflowReplayer, WorkflowReplayerOptions};
 use tokio::{sync::oneshot, time::Instant};
 
-use crate::{FlowsConfig, FlowsError, client::{CHAT_TYPE, connect_once}, workflow::ChatWorkflow};
+use crate::{
+    FlowsConfig, FlowsError,
+    client::{CHAT_TYPE, connect_once},
+    workflow::ChatWorkflow,
+};
 
 const IDENTITY: &str = "reliant-replay";
 const RUNS_PER_PAGE: i32 = 200;

@@ -90,9 +90,10 @@ impl Driver for Memory {
             return Err(DriverError::new("the database is away"));
         }
         self.traces.lock().unwrap().push(trace.traceparent);
+        // Before it counts: who has seen the burst may let the next one through.
+        let hold = self.hold.lock().unwrap().clone();
         self.bursts.fetch_add(1, Ordering::Relaxed);
         self.changed.notify_waiters();
-        let hold = self.hold.lock().unwrap().clone();
         if let Some(hold) = hold {
             tokio::select! {
                 () = hold.notified() => {}

@@ -7,7 +7,7 @@ use reliant_types::{ChatId, DaemonId, ToolCallId, UserId, boxed, pb::chat_event:
 use uuid::Uuid;
 
 use crate::{
-    CancelCall, Result, Store, StoreError, Unseen, Wake,
+    CancelCall, Committed, Result, Store, StoreError, Unseen, Wake,
     chat_tx::{ChatTx, Key},
     places::WORKER_SILENT_SECS,
     rows::turns,
@@ -111,9 +111,8 @@ impl Store {
     }
 
     /// Tells the people of those `chats` whose turn is due and that no worker has looked at for so long why that is, once.
-    /// The events are not published: whoever asks watches the logs.
     #[boxed]
-    pub async fn tell_standing(&self, chats: &[ChatId], older_than: Duration) -> Result<()> {
+    pub async fn tell_standing(&self, chats: &[ChatId], older_than: Duration) -> Result<Vec<Committed<()>>> {
         let ids: Vec<Uuid> = chats.iter().map(|chat| chat.0).collect();
         let due = self.run("standing_chats", async || {
             Ok(sqlx::query!(
@@ -132,12 +131,13 @@ impl Store {
             .fetch_all(&self.pool)
             .await?)
         });
+        let mut told = Vec::new();
         for row in due.await? {
             let why = if row.workers == 0 { NO_WORKER } else { BUSY };
             let telling = self.run("tell_standing", async || {
                 let key = Key::Chat(ChatId(row.id));
                 let mut tx = ChatTx::open(self, key).await?.ok_or(StoreError::not_found("chat"))?;
-                let told = turns!(
+                let standing = turns!(
                     RETURNING "UPDATE turns t SET standing = $2 FROM chats c
                                WHERE c.id = $1 AND c.wanted > c.seen AND t.ended_at IS NULL AND t.standing = ''
                                  AND t.id = (SELECT o.id FROM turns o WHERE o.chat_id = $1 AND o.ended_at IS NULL
@@ -147,17 +147,17 @@ impl Store {
                 )
                 .fetch_optional(tx.conn())
                 .await?;
-                let Some(turn) = told else { return tx.nothing(()).await };
+                let Some(turn) = standing else { return tx.nothing(()).await };
                 tx.event(Kind::TurnChanged(turn.to_pb()));
                 tx.commit(()).await
             });
             match telling.await {
                 // Deleted meanwhile.
                 Err(StoreError::NotFound { .. }) => {}
-                told => _ = told?,
+                committed => told.push(committed?),
             }
         }
-        Ok(())
+        Ok(told)
     }
 
     /// Whether something is wanted of the chat that nobody has looked at.

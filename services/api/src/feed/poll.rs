@@ -3,11 +3,13 @@
 
 use std::{sync::Arc, time::Duration};
 
+use reliant_bus::{Bus, UpdateSubject};
 use reliant_store::StoreError;
 use reliant_telemetry::chain;
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::{hub::Hub, table::Command};
+use crate::effects;
 
 const INTERVAL: Duration = Duration::from_secs(1);
 /// A turn that is due and that no worker has looked at for so long: its person is told why.
@@ -31,11 +33,13 @@ pub async fn run(hub: Arc<Hub>) {
     }
 }
 
-/// What it writes is found by the next look at the logs.
 async fn tell_standing(hub: &Hub) -> Result<(), StoreError> {
     let chats: Vec<_> = hub.chats.progress().into_iter().map(|((_, chat), _)| chat).collect();
     for batch in chats.chunks(BATCH_MAX) {
-        hub.deps.store.tell_standing(batch, STANDS_AFTER).await?;
+        for committed in hub.deps.store.tell_standing(batch, STANDS_AFTER).await? {
+            let trace = Bus::context_of_publish::<UpdateSubject>();
+            effects::publish_events(&hub.deps.bus, &trace, committed.user, committed.events).await;
+        }
     }
     Ok(())
 }
