@@ -31,9 +31,9 @@ const HISTORY_CUT: &str =
     "This chat is very long, so the model reads only its newer messages. The chat itself is kept whole.";
 
 pub enum End {
-    /// With the calls to send, where all of the message's calls may be sent at once.
+    /// With the calls to send, one wave behind the other, where none of them waits for a person.
     Committed {
-        ready: Vec<ToolCallId>,
+        waves: Vec<Vec<ToolCallId>>,
     },
     /// Somebody else has the turn, or it was cancelled.
     Lost,
@@ -106,14 +106,16 @@ async fn answer(
         Ok(model) => model,
         Err(failure) => return Ok(Err(End::Failed(failure))),
     };
-    let (mut request, untold) = context(attempt, model.max_tools);
     let (history, transcript) = engine.store.history(attempt, engine.transcripts.take(attempt.chat)).await?;
     if let Some(transcript) = transcript {
         engine.transcripts.put(attempt.chat, transcript);
     }
+    let suspect = Suspect::enter(engine, attempt).await?;
+    let (mut request, untold) = context(attempt, model.max_tools);
     let (messages, counted) = history::to_model(&history.messages, &attempt.model);
     request.messages = messages;
     let report = fit_history(&mut request, &model, &counted);
+    suspect.leave().await?;
     if report.too_large {
         let failure = Failure::new(
             Code::ProviderRejected,
@@ -150,6 +152,26 @@ async fn answer(
     Ok(read
         .map(|answer| (answer, times))
         .map_err(|error| if error.retryable() { End::Broken(error) } else { End::Failed(error.failure()) }))
+}
+
+/// Around work on what others wrote: should it end this worker, or block it for good, the round knows why.
+///
+/// An attempt that replaces none is not marked: nothing speaks against it, and the mark costs two statements.
+struct Suspect<'a>(Option<(&'a Engine, &'a Attempt)>);
+
+impl<'a> Suspect<'a> {
+    async fn enter(engine: &'a Engine, attempt: &'a Attempt) -> Result<Self, EngineError> {
+        if !attempt.restarted {
+            return Ok(Self(None));
+        }
+        engine.store.set_suspect(attempt.turn, attempt.fence, true).await?;
+        Ok(Self(Some((engine, attempt))))
+    }
+
+    async fn leave(self) -> Result<(), EngineError> {
+        let Some((engine, attempt)) = self.0 else { return Ok(()) };
+        Ok(engine.store.set_suspect(attempt.turn, attempt.fence, false).await?)
+    }
 }
 
 /// The request without its messages, and what is to be said of tools that are not in it.
@@ -248,7 +270,9 @@ async fn commit(
     stop: &CancellationToken,
     deadline: Instant,
 ) -> Result<End, EngineError> {
+    let suspect = Suspect::enter(engine, &attempt).await?;
     let (blocks, calls) = judge(engine, &attempt, answer.blocks);
+    suspect.leave().await?;
     let message = NewAssistant {
         turn: attempt.turn,
         fence: attempt.fence,
@@ -287,9 +311,9 @@ async fn commit(
     let fenced = matches!(committed.value, CommitOutcome::Fenced);
     void.keep = !fenced;
     drop(void);
-    let ready = ready_calls(&committed.events);
+    let waves = waves(&committed.events);
     engine.tell_with(committed, false);
-    Ok(if fenced { End::Lost } else { End::Committed { ready } })
+    Ok(if fenced { End::Lost } else { End::Committed { waves } })
 }
 
 /// The phases of a round count once it is stored: what was lost with an attempt that was not is its successor's pickup.
@@ -330,19 +354,27 @@ fn measure(engine: &Engine, attempt: &Attempt, times: &Times, committed: &Commit
     }
 }
 
-/// The calls born in a commit; none where one of them waits for a person.
-fn ready_calls(events: &[pb::ChatEvent]) -> Vec<ToolCallId> {
-    let mut ready = Vec::new();
+/// The calls born in a commit, in the order in which they take effect: those that change nothing go side by side, each
+/// other one by itself. None where one of them waits for a person.
+fn waves(events: &[pb::ChatEvent]) -> Vec<Vec<ToolCallId>> {
+    let mut waves: Vec<Vec<ToolCallId>> = Vec::new();
+    let mut side_by_side = false;
     for event in events {
         let Some(pb::chat_event::Kind::ToolCallChanged(changed)) = &event.kind else { continue };
         let Some(call) = &changed.tool_call else { continue };
         match (call.status(), call.id.parse()) {
-            (pb::ToolCallStatus::Pending, Ok(id)) => ready.push(id),
+            (pb::ToolCallStatus::Pending, Ok(id)) => match waves.last_mut() {
+                Some(wave) if side_by_side && call.read_only => wave.push(id),
+                _ => {
+                    side_by_side = call.read_only;
+                    waves.push(vec![id]);
+                }
+            },
             (pb::ToolCallStatus::WaitingApproval, _) => return Vec::new(),
             _ => {}
         }
     }
-    ready
+    waves
 }
 
 /// Splits the answer into what is stored as text and what is stored as calls, and judges the calls.

@@ -28,13 +28,15 @@ use crate::{
 const TIME_MAX: Duration = Duration::from_secs(20 * 60);
 /// Attempts that broke off and are made again at once, before their round is put off.
 const IN_PLACE_TRIES: u32 = 3;
+/// Workers that a round may end: the first one's attempt is not marked (attempt.rs), so that one goes uncounted.
+const WORKER_DEATHS_MAX: i32 = 2;
 /// A longer wait is not waited for in place.
 const IN_PLACE_WAIT_MAX: Duration = Duration::from_secs(1);
 
 /// How a round went.
 enum Round {
-    /// Stored, or somebody else's: with the calls that are to be sent.
-    Over(Vec<ToolCallId>),
+    /// Stored, or somebody else's: with the calls that are to be sent, one wave behind the other.
+    Over(Vec<Vec<ToolCallId>>),
     /// The model cannot answer; Postgres says when it is asked again.
     Later,
 }
@@ -114,11 +116,16 @@ impl Burst<'_> {
     /// On that short way nothing is asked in between: a dispatch and a claim check for themselves that they are still due.
     async fn rounds(&self, turn: TurnId, mut iteration: i32, trace: &TraceContext) -> Result<(), EngineError> {
         loop {
-            let ready = match round(self.engine, turn, iteration, self.stop, trace).await? {
-                Round::Over(ready) if !ready.is_empty() && !self.is_over() => ready,
+            let waves = match round(self.engine, turn, iteration, self.stop, trace).await? {
+                Round::Over(waves) if !waves.is_empty() => waves,
                 Round::Over(_) | Round::Later => return Ok(()),
             };
-            if !self.send(turn, &ready, trace).await? || self.is_over() {
+            for wave in waves {
+                if self.is_over() || !self.send(turn, &wave, trace).await? {
+                    return Ok(());
+                }
+            }
+            if self.is_over() {
                 return Ok(());
             }
             iteration += 1;
@@ -197,10 +204,15 @@ async fn round(
         }
         let deadline = deadline(&attempt);
         let (turn, fence, model) = (attempt.turn, attempt.fence, attempt.model.clone());
-        let end = attempt::run(engine, *attempt, began, stop, deadline).instrument(span.clone()).await;
+        let end = if attempt.worker_deaths >= WORKER_DEATHS_MAX {
+            metrics::TURNS_DEADLY.inc();
+            Ok(End::Failed(deadly()))
+        } else {
+            attempt::run(engine, *attempt, began, stop, deadline).instrument(span.clone()).await
+        };
         let away = matches!(end, Ok(End::Away(_)));
         let failure = match end {
-            Ok(End::Committed { ready }) => return Ok(Round::Over(ready)),
+            Ok(End::Committed { waves }) => return Ok(Round::Over(waves)),
             Ok(End::Lost) => return Ok(Round::Over(Vec::new())),
             Ok(End::Failed(failure)) => failure,
             Ok(End::Broken(error) | End::Away(error)) => {
@@ -239,6 +251,15 @@ async fn round(
         span.in_scope(|| engine.tell_with(failed, false));
         return Ok(Round::Over(Vec::new()));
     }
+}
+
+/// The one exception to the rule that a turn goes on: it would end the next worker too, and everybody's turns there.
+fn deadly() -> Failure {
+    Failure::new(
+        Code::Internal,
+        "each worker that prepared this turn ended or stood still just then, so it is given up; send another message to go on, \
+         and leave out what this one brought in (a file, a tool's answer, an MCP server)",
+    )
 }
 
 async fn release(engine: &Arc<Engine>, turn: TurnId, fence: i64) -> EngineError {

@@ -51,10 +51,18 @@ impl Store {
                       status = 'running', started_at = COALESCE(t.started_at, $5), attempt_trace = $6,
                       placed_at = COALESCE(t.placed_at, $5), held_at = NULL,
                       deadline_at = COALESCE(deadline_at, $5 + deadline_left_ms * interval '1 millisecond'),
-                      retry_at = NULL, standing = '', round_began_at = COALESCE(t.round_began_at, $5)
+                      retry_at = NULL, standing = '', round_began_at = COALESCE(t.round_began_at, $5),
+                      worker_deaths = t.worker_deaths + t.suspect::int, suspect = false
                FROM old, chats c LEFT JOIN daemons d ON d.id = c.daemon_id AND d.revoked_at IS NULL
                     LEFT JOIN LATERAL (
-                        SELECT k.created_at, k.dispatched_at, k.started_at, k.ended_at, a.decided_at
+                        SELECT k.created_at, k.dispatched_at, k.started_at, k.ended_at, a.decided_at,
+                               -- While others of the round ran that this one stood behind; those side by side count once.
+                               (SELECT sum(GREATEST(interval '0', LEAST(r.ended_at, k.dispatched_at)
+                                           - GREATEST(r.started_at, r.before, a.decided_at)))
+                                FROM (SELECT b.started_at, b.ended_at, max(b.ended_at) OVER (
+                                          ORDER BY b.started_at ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS before
+                                      FROM tool_calls b WHERE b.turn_id = $1 AND b.iteration = $2 - 1 AND b.id <> k.id
+                                        AND b.started_at IS NOT NULL AND b.ended_at IS NOT NULL) r) AS ran_before
                         FROM tool_calls k LEFT JOIN approvals a ON a.tool_call_id = k.id
                         WHERE k.turn_id = $1 AND k.iteration = $2 - 1 ORDER BY k.ended_at DESC NULLS LAST LIMIT 1
                     ) l ON true
@@ -67,10 +75,10 @@ impl Store {
                          t.producer, t.traceparent, t.model, t.mode, t.deadline_at AS "deadline!", t.cancel_requested,
                          t.error_code, t.error_message, t.usage, t.created_at, t.started_at, t.ended_at,
                          d.id AS "daemon?", d.incarnation, d.hostname AS "hostname?", d.os AS "os?",
-                         d.declarations AS "declarations?", old.attempt_trace AS "before!", c.looked_at, t.held_ms, t.round_began_at,
+                         d.declarations AS "declarations?", old.attempt_trace AS "before!", c.looked_at, t.held_ms, t.round_began_at, t.worker_deaths,
                          (SELECT p.ended_at FROM turns p WHERE p.chat_id = t.chat_id AND p.ordinal = t.ordinal - 1) AS freed_at,
                          l.created_at AS "called_at?", l.decided_at, l.dispatched_at, l.started_at AS ran_at,
-                         l.ended_at AS settled_at"#,
+                         l.ended_at AS settled_at, (extract(epoch FROM l.ran_before) * 1000000)::bigint AS ran_before_us"#,
             turn.0,
             iteration,
             producer.0,
@@ -93,6 +101,7 @@ impl Store {
             decided: row.decided_at,
             dispatched: row.dispatched_at,
             ran: row.ran_at,
+            ran_before: Duration::from_micros(row.ran_before_us.unwrap_or_default().max(0).unsigned_abs()),
             settled: row.settled_at,
             held: Duration::from_millis(u64::try_from(row.held_ms).unwrap_or_default()),
             began: row.round_began_at,
@@ -150,6 +159,7 @@ impl Store {
             iteration,
             restarted: row.restarted,
             retries: row.retries,
+            worker_deaths: row.worker_deaths,
             mode: mode(&current.mode),
             model: current.model,
             traceparent: current.traceparent,
@@ -181,7 +191,7 @@ impl Store {
                        status = CASE WHEN $5 THEN 'succeeded' ELSE status END,
                        ended_at = CASE WHEN $5 THEN $6::timestamptz END,
                        deadline_at = CASE WHEN $5 THEN NULL ELSE deadline_at END,
-                       retries = 0, retry_at = NULL, retry_code = '', retry_message = '',
+                       retries = 0, retry_at = NULL, retry_code = '', retry_message = '', suspect = false, worker_deaths = 0,
                        usage = jsonb_build_object(
                            'input_tokens', COALESCE((usage->>'input_tokens')::bigint, 0) + $7::bigint,
                            'output_tokens', COALESCE((usage->>'output_tokens')::bigint, 0) + $8::bigint,
@@ -307,6 +317,23 @@ impl Store {
             let Some(row) = row else { return tx.nothing(false).await };
             tx.event(Kind::TurnChanged(row.to_pb()));
             tx.commit(true).await
+        })
+        .await
+    }
+
+    /// Whether the attempt is at work on what others wrote. One whose worker ends meanwhile counts against its round.
+    #[boxed]
+    pub async fn set_suspect(&self, turn: TurnId, fence: i64, suspect: bool) -> Result<()> {
+        self.run("set_suspect", async || {
+            sqlx::query!(
+                "UPDATE turns SET suspect = $3 WHERE id = $1 AND fence = $2 AND ended_at IS NULL",
+                turn.0,
+                fence,
+                suspect,
+            )
+            .execute(&self.pool)
+            .await?;
+            Ok(())
         })
         .await
     }

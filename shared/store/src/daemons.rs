@@ -19,6 +19,8 @@ use crate::{
 /// The scope of a daemon's token.
 pub const DAEMON_SCOPE: &str = "daemon";
 
+/// Declarations that one listing reads; past that daemons are listed without theirs.
+const LIST_READ_MAX_BYTES: i64 = 16 * 1024 * 1024;
 /// What is listed of a tool's description.
 const DESCRIPTION_LISTED_BYTES: usize = 512;
 
@@ -90,24 +92,29 @@ impl Store {
     #[boxed]
     pub async fn list_daemons(&self, user: UserId, include_revoked: bool) -> Result<Vec<pb::Daemon>> {
         self.run("list_daemons", async || {
+            // Counted by their stored sizes before their content is read.
             let rows = sqlx::query!(
-                r#"SELECT d.id, d.name, d.hostname, d.os, d.version, d.declarations, d.revoked_at IS NOT NULL AS "revoked!",
+                r#"SELECT d.id, d.name, d.hostname, d.os, d.version,
+                          CASE WHEN sum(octet_length(d.declarations)) OVER (ORDER BY d.name, d.id) <= $3
+                              THEN d.declarations END AS declarations,
+                          d.revoked_at IS NOT NULL AS "revoked!",
                           COALESCE(l.expires_at > now(), false) AND d.revoked_at IS NULL AS "connected!",
                           CASE WHEN l.expires_at > now() THEN now() ELSE GREATEST(d.last_seen_at, l.granted_at) END AS last_seen
                    FROM daemons d LEFT JOIN daemon_leases l ON l.daemon_id = d.id
                    WHERE d.user_id = $1 AND ($2 OR d.revoked_at IS NULL) ORDER BY d.name, d.id LIMIT 1000"#,
                 user.0,
                 include_revoked,
+                LIST_READ_MAX_BYTES,
             )
             .fetch_all(&self.pool)
             .await?;
             let mut bytes = 0;
             let daemons = rows.into_iter().map(|row| {
-                let mut declared = listed(declarations(&row.declarations));
+                let mut shortened = row.declarations.is_none();
+                let mut declared = listed(declarations(&row.declarations.unwrap_or_default()));
                 bytes += declared.encoded_len();
-                let shortened = bytes > limits::PAGE_MAX_BYTES;
-                if shortened {
-                    declared = pb::Declarations::default();
+                if bytes > limits::PAGE_MAX_BYTES {
+                    (declared, shortened) = (pb::Declarations::default(), true);
                 }
                 pb::Daemon {
                     id: row.id.to_string(),

@@ -1,8 +1,10 @@
 //! What a chat needs now: a pure function over rows. It reads no clock and does no I/O, so that whoever asks, and
 //! however often, gets the same answer for the same rows.
 //!
-//! Invariants: a model is called only when no call of the turn is open, and only with a place; a call that awaits an approval is never sent; a
-//! sent call ends only by what its journal says, or as unknown; the answer is always progress, or a wait with a reason.
+//! Invariants: a model is called only when no call of the turn is open, and only with a place; a call that awaits an
+//! approval is never sent; the calls of a message take effect in their order: one that may change something is sent
+//! behind all before it and ahead of all after it; a sent call ends only by what its journal says, or as unknown; the
+//! answer is always progress, or a wait with a reason.
 
 use reliant_types::{Code, ToolCallId, TurnId, limits, pb};
 
@@ -36,6 +38,10 @@ pub struct Turn {
 pub struct Call {
     pub id: ToolCallId,
     pub turn: TurnId,
+    /// Its place among the calls of its message.
+    pub index: i32,
+    /// It changes nothing: it may run beside others of its kind.
+    pub read_only: bool,
     pub status: pb::ToolCallStatus,
     /// Some generation may have reached its daemon.
     pub sent: bool,
@@ -169,6 +175,8 @@ pub fn decide(rows: &Snapshot) -> Decision {
             Decision::Hold { turn: id, iteration }
         };
     }
+    // What stands behind an open call is not looked at: its time comes when that one has ended.
+    let open: Vec<&Call> = open.iter().copied().filter(|call| !is_behind(call, &open)).collect();
     let ready: Vec<_> =
         open.iter().filter(|call| send_at(call).is_some_and(|at| rows.now_ms >= at)).map(|call| call.id).collect();
     if !ready.is_empty() {
@@ -185,6 +193,12 @@ pub fn decide(rows: &Snapshot) -> Decision {
     let looks = open.iter().filter_map(|call| if call.daemon == Daemon::Away { gone_at(call) } else { send_at(call) });
     let deadline = turn.deadline_ms.filter(|_| reason == WaitReason::Tools);
     Decision::Wait { turn: turn.id, until_ms: looks.chain(deadline).min(), reason }
+}
+
+/// Whether the call must not be sent before another open one of its message has ended.
+fn is_behind(call: &Call, open: &[&Call]) -> bool {
+    let before = |other: &&&Call| other.index < call.index && !(other.read_only && call.read_only);
+    !call.sent && open.iter().any(|other| before(&other))
 }
 
 fn settlement(call: &Call, current: Option<TurnId>, now_ms: i64) -> Option<Settlement> {

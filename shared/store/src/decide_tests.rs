@@ -29,11 +29,11 @@ prop_compose! {
     fn call()(
         turn in 1u128..4, status in open_status(), at in prop::option::of(-HOUR..4 * HOUR), timeout_ms in -5i64..HOUR,
         repeatable: bool, cancel_asked in prop::bool::weighted(0.2), daemon in daemon(), wild in prop::bool::weighted(0.1),
-        not_before_ms in prop::option::weighted(0.2, 0..4 * HOUR),
+        not_before_ms in prop::option::weighted(0.2, 0..4 * HOUR), index in 0i32..6, read_only: bool,
     ) -> Call {
         let sent = wild || matches!(status, Status::Dispatched | Status::Running);
         Call {
-            id: ToolCallId(Uuid::nil()), turn: TurnId(id(turn)), status, sent, dispatched_ms: at, timeout_ms, repeatable,
+            id: ToolCallId(Uuid::nil()), turn: TurnId(id(turn)), index, read_only, status, sent, dispatched_ms: at, timeout_ms, repeatable,
             cancel_asked, daemon, not_before_ms,
         }
     }
@@ -54,6 +54,11 @@ prop_compose! {
 
 fn find(rows: &Snapshot, id: ToolCallId) -> &Call {
     rows.calls.iter().find(|call| call.id == id).unwrap()
+}
+
+fn stands_behind(call: &Call, of_turn: &[&Call]) -> bool {
+    let changes = |call: &Call| !call.read_only;
+    !call.sent && of_turn.iter().any(|other| other.index < call.index && (changes(other) || changes(call)))
 }
 
 fn apply(rows: &mut Snapshot, settled: &[(ToolCallId, Settlement)]) {
@@ -114,6 +119,7 @@ proptest! {
                     prop_assert!(matches!(call.daemon, Daemon::Here | Daemon::OtherJournal));
                     prop_assert!(!(call.sent && call.daemon == Daemon::OtherJournal), "only its own journal gets it again");
                     prop_assert!(call.not_before_ms.is_none_or(|at| rows.now_ms >= at), "its daemon has no room yet");
+                    prop_assert!(!stands_behind(call, &of_turn), "those before it have not ended");
                 }
             }
             Decision::Wait { until_ms, reason, .. } => {
@@ -132,7 +138,9 @@ proptest! {
                     }
                     WaitReason::Approval => prop_assert!(of_turn.iter().any(|call| call.status == Status::WaitingApproval)),
                     WaitReason::Daemon => {
-                        let excused = |call: &&&Call| call.daemon == Daemon::Away || call.cancel_asked;
+                        let excused = |call: &&&Call| {
+                            call.daemon == Daemon::Away || call.cancel_asked || stands_behind(call, &of_turn)
+                        };
                         prop_assert_eq!(of_turn.iter().filter(excused).count(), of_turn.len());
                     }
                     WaitReason::Model => {
@@ -214,6 +222,8 @@ fn sent(status: Status, daemon: Daemon) -> Call {
     Call {
         id: ToolCallId(id(9)),
         turn: TurnId(id(1)),
+        index: 0,
+        read_only: false,
         status,
         sent: true,
         dispatched_ms: Some(0),
@@ -278,4 +288,44 @@ fn an_away_daemon_is_waited_for_with_the_clock_standing_until_it_is_given_up() {
     rows.turn.as_mut().unwrap().deadline_ms = None;
     rows.now_ms = gone;
     assert_eq!(decide(&rows), Decision::Settle(vec![(ToolCallId(id(9)), Settlement::DaemonAway)]));
+}
+
+#[test]
+fn calls_of_a_message_take_effect_in_their_order() {
+    let of = |index: i32, read_only| Call {
+        id: ToolCallId(id(100 + index.unsigned_abs() as u128)),
+        index,
+        read_only,
+        sent: false,
+        dispatched_ms: None,
+        ..sent(Status::Pending, Daemon::Here)
+    };
+    // Two that look, one that writes, two that look, two that write.
+    let mut rows = one(of(0, true));
+    rows.calls.extend([of(1, true), of(2, false), of(3, true), of(4, true), of(5, false), of(6, false)]);
+    let mut waves = Vec::new();
+    while let Decision::Dispatch { calls, .. } = decide(&rows) {
+        waves.push(calls.iter().map(|call| find(&rows, *call).index).collect::<Vec<_>>());
+        // While the last one of them is open, those behind it wait.
+        let last = *calls.last().unwrap();
+        rows.calls.retain(|call| call.id == last || !calls.contains(&call.id));
+        let still = rows.calls.iter_mut().find(|call| call.id == last).unwrap();
+        (still.sent, still.status, still.dispatched_ms) = (true, Status::Dispatched, Some(rows.now_ms));
+        assert!(matches!(decide(&rows), Decision::Wait { reason: WaitReason::Tools, .. }));
+        rows.calls.retain(|call| call.id != last);
+    }
+    assert_eq!(waves, [vec![0, 1], vec![2], vec![3, 4], vec![5], vec![6]]);
+}
+
+#[test]
+fn what_stands_behind_an_approval_waits_with_it() {
+    let asked = Call { sent: false, dispatched_ms: None, ..sent(Status::WaitingApproval, Daemon::Here) };
+    let behind = Call { id: ToolCallId(id(10)), index: 1, read_only: true, status: Status::Pending, ..asked.clone() };
+    let mut rows = one(asked);
+    rows.calls.push(behind);
+    let turn = TurnId(id(1));
+    assert_eq!(decide(&rows), Decision::Wait { turn, until_ms: None, reason: WaitReason::Approval });
+    // What changes nothing ahead of it does not.
+    rows.calls[1].index = -1;
+    assert_eq!(decide(&rows), Decision::Dispatch { turn, calls: vec![ToolCallId(id(10))] });
 }

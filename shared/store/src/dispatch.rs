@@ -26,7 +26,8 @@ impl Store {
     /// Makes the next dispatch of these calls of one chat durable, all in one transaction: each would else wait for the
     /// chat's row, one behind the other. A call that is not to be sent now (it ended, waits for a person, or its daemon is
     /// away or without room) has no order, and the turn's next step says what is. `traces`: the contexts with which the
-    /// calls leave, in the order of `calls`; a later dispatch links to them.
+    /// calls leave, in the order of `calls`; a later dispatch links to them. A call that stands behind an open one of its
+    /// message has no order either: decide.rs says which.
     #[boxed]
     pub async fn prepare_dispatches(
         &self,
@@ -113,19 +114,21 @@ impl Store {
     #[boxed]
     pub async fn daemon_away(&self, call: ToolCallId, generation: i64) -> Result<Committed<()>> {
         self.run("daemon_away", async || {
+            // By itself: who connects a daemon locks its lease ahead of its chats, and this would do it the other way round.
+            sqlx::query!(
+                "UPDATE daemon_leases l SET expires_at = LEAST(l.expires_at, clock_timestamp()) FROM tool_calls c
+                 WHERE c.id = $1 AND c.generation = $2 AND c.sent > 0 AND c.ended_at IS NULL
+                   AND l.daemon_id = c.daemon_id AND l.granted_at < c.dispatched_at",
+                call.0,
+                generation,
+            )
+            .execute(&self.pool)
+            .await?;
             let mut tx = ChatTx::open(self, Key::Call(call)).await?.ok_or(StoreError::not_found("tool call"))?;
             let before = open_call(&mut tx, call).await?;
-            let Some(before) = before.filter(|row| row.generation == generation && row.sent > 0) else {
+            if !before.is_some_and(|row| row.generation == generation && row.sent > 0) {
                 return tx.nothing(()).await;
-            };
-            sqlx::query!(
-                "UPDATE daemon_leases SET expires_at = LEAST(expires_at, clock_timestamp())
-                 WHERE daemon_id = $1 AND granted_at < $2",
-                before.daemon_id,
-                before.dispatched_at,
-            )
-            .execute(tx.conn())
-            .await?;
+            }
             let row = calls!(
                 UPDATE "sent = sent - 1, status = CASE WHEN sent = 1 THEN 'waiting_daemon' ELSE c.status END,
                         incarnation = CASE WHEN sent = 1 THEN NULL ELSE incarnation END,
@@ -161,7 +164,11 @@ type Target = (Uuid, Uuid, String);
 async fn prepare(tx: &mut ChatTx, calls: &[ToolCallId], traces: &[TraceContext]) -> Result<Vec<DispatchOrder>> {
     let ids: Vec<Uuid> = calls.iter().map(|call| call.0).collect();
     let rows = calls!(
-        SELECT "WHERE c.id = ANY($1) AND c.chat_id = $2 AND c.ended_at IS NULL ORDER BY t.ordinal, c.iteration, c.index",
+        SELECT "WHERE c.id = ANY($1) AND c.chat_id = $2 AND c.ended_at IS NULL
+                  AND (c.sent > 0 OR NOT EXISTS (
+                      SELECT FROM tool_calls b WHERE b.turn_id = c.turn_id AND b.iteration = c.iteration AND b.index < c.index
+                        AND b.ended_at IS NULL AND NOT (b.read_only AND c.read_only)))
+                ORDER BY t.ordinal, c.iteration, c.index",
         &ids,
         tx.chat.id
     )
@@ -177,9 +184,10 @@ async fn prepare(tx: &mut ChatTx, calls: &[ToolCallId], traces: &[TraceContext])
     let chosen = |row: &CallRow| if row.sent > 0 { row.daemon_id } else { of_chat };
     let wanted: Vec<Uuid> = rows.iter().filter_map(chosen).collect();
     let daemons = sqlx::query!(
-        r#"SELECT d.id, d.incarnation, d.declarations, COALESCE(l.expires_at > clock_timestamp(), false) AS "here!"
+        r#"SELECT d.id, d.incarnation, CASE WHEN $2 THEN d.declarations END AS declarations, COALESCE(l.expires_at > clock_timestamp(), false) AS "here!"
            FROM daemons d LEFT JOIN daemon_leases l ON l.daemon_id = d.id WHERE d.id = ANY($1) AND d.revoked_at IS NULL"#,
         &wanted,
+        tx.chat.root_id.is_empty(),
     )
     .fetch_all(&mut *tx.conn())
     .await?;
@@ -207,7 +215,8 @@ async fn prepare(tx: &mut ChatTx, calls: &[ToolCallId], traces: &[TraceContext])
             (true, _) => row.root_id.clone(),
             (false, false) => tx.chat.root_id.clone(),
             (false, true) => {
-                declarations(&daemon.declarations).roots.into_iter().next().map(|root| root.id).unwrap_or_default()
+                let declared = declarations(daemon.declarations.as_deref().unwrap_or_default());
+                declared.roots.into_iter().next().map(|root| root.id).unwrap_or_default()
             }
         };
         let target = (daemon.id, journal, clean(&root));
@@ -325,10 +334,10 @@ async fn refused(tx: &mut ChatTx, call: ToolCallId, generation: i64, reply: &pb:
         let text = if reply.message.is_empty() { "The daemon refused the call." } else { reply.message.as_str() };
         return end(tx, call, Ending::failed(&Failure::new(code, clean(text)))).await;
     }
-    if row.sent > 1 && !row.repeatable {
+    // Two streams of one daemon may overlap: that another journal refused it does not say that its own never got it.
+    if !row.repeatable {
         return end(tx, call, Ending::unknown(pb::UnknownCause::JournalLost)).await;
     }
-    // The journal it was meant for never got it: it may go to this one.
     let row = calls!(
         UPDATE "status = 'pending', sent = 0, incarnation = NULL, dispatched_at = NULL" WHERE "c.id = $1",
         call.0

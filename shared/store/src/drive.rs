@@ -278,7 +278,7 @@ async fn read(db: impl PgExecutor<'_>, places: &Places, chat: ChatId) -> Result<
                   (extract(epoch FROM t.deadline_at) * 1000)::bigint AS deadline_ms, t.placed AS "placed?", t.free,
                   (extract(epoch FROM t.retry_at) * 1000)::bigint AS retry_ms,
                   t.retry_code AS "retry_code?", t.retry_message AS "retry_message?",
-                  k.id AS "call?", k.turn_id AS "call_turn?", k.status AS "call_status?", k.sent AS "sent?",
+                  k.id AS "call?", k.turn_id AS "call_turn?", k.index AS "index?", k.read_only AS "read_only?", k.status AS "call_status?", k.sent AS "sent?",
                   (extract(epoch FROM k.dispatched_at) * 1000)::bigint AS dispatched_ms,
                   (extract(epoch FROM k.not_before) * 1000)::bigint AS not_before_ms,
                   k.timeout_ms AS "timeout_ms?", k.repeatable AS "repeatable?", k.cancel_asked_at,
@@ -325,6 +325,8 @@ async fn read(db: impl PgExecutor<'_>, places: &Places, chat: ChatId) -> Result<
         Some(Call {
             id: ToolCallId(row.call?),
             turn: TurnId(row.call_turn?),
+            index: row.index?,
+            read_only: row.read_only?,
             status: call_status(row.call_status.as_deref()?),
             sent,
             dispatched_ms: row.dispatched_ms,

@@ -1,6 +1,7 @@
 //! Where a turn's time went between two commits of its model, from the rows' stamps alone: one clock, the database's.
 //!
-//! The parts add up to the whole, whatever is missing. Of calls that ran side by side the one that ended last counts.
+//! The parts add up to the whole, whatever is missing. Of calls that ran side by side the one that ended last counts; those
+//! that ran one behind the other count together.
 
 use std::time::Duration;
 
@@ -41,6 +42,8 @@ pub(crate) struct Stamps {
     pub decided: Option<Time>,
     pub dispatched: Option<Time>,
     pub ran: Option<Time>,
+    /// How long others of its round ran ahead of its dispatch.
+    pub ran_before: Duration,
     pub settled: Option<Time>,
     /// Of the time before the claim, what passed in waiting for a place.
     pub held: Duration,
@@ -51,8 +54,20 @@ pub(crate) struct Stamps {
 
 impl Lead {
     pub(crate) fn of(stamps: &Stamps) -> Self {
-        let Stamps { accepted, looked, freed, called, decided, dispatched, ran, settled, held, began, claimed } =
-            *stamps;
+        let Stamps {
+            accepted,
+            looked,
+            freed,
+            called,
+            decided,
+            dispatched,
+            ran,
+            ran_before,
+            settled,
+            held,
+            began,
+            claimed,
+        } = *stamps;
         let began = began.unwrap_or(claimed);
         let mut walk = Walk { at: called.unwrap_or(accepted), end: claimed };
         if called.is_none() {
@@ -63,6 +78,7 @@ impl Lead {
         }
         let approval_wait = walk.to(decided);
         let waited = walk.to(if dispatched.is_some() { dispatched } else { settled });
+        let before = ran_before.min(waited);
         let there_and_back = walk.to(settled);
         let run = match (ran, settled) {
             (Some(ran), Some(settled)) if dispatched.is_some() => between(ran, settled).min(there_and_back),
@@ -72,8 +88,8 @@ impl Lead {
         let tool_return = (there_and_back - run) / 2;
         Self {
             approval_wait,
-            tool_route: waited + (there_and_back - run - tool_return),
-            tool_run: run,
+            tool_route: (waited - before) + (there_and_back - run - tool_return),
+            tool_run: before + run,
             tool_return,
             pickup: walk.to(Some(began)),
             retry: walk.to(Some(claimed)),
@@ -129,6 +145,7 @@ mod tests {
             decided: None,
             dispatched: None,
             ran: None,
+            ran_before: Duration::ZERO,
             settled: None,
             held: Duration::ZERO,
             began: None,
@@ -167,16 +184,18 @@ mod tests {
         let lead = Lead::of(&called);
         assert_eq!((lead.approval_wait, lead.tool_run, lead.pickup), (ms(10), ms(62), ms(10)));
         assert_eq!((lead.tool_route, lead.tool_return), (ms(5), ms(3)));
+        let behind = Lead::of(&Stamps { dispatched: Some(at(60)), ran: Some(at(62)), ran_before: ms(35), ..called });
+        assert_eq!((behind.tool_run, behind.tool_route, behind.tool_return), (ms(35 + 28), ms(5 + 1), ms(1)));
         let denied = Lead::of(&Stamps { dispatched: None, ran: None, settled: Some(at(20)), ..called });
         assert_eq!((denied.approval_wait, denied.tool_run, denied.pickup), (ms(10), ms(0), ms(80)));
     }
 
     proptest! {
         #[test]
-        fn the_parts_add_up(all in proptest::array::uniform8(proptest::option::of(-50i64..200)), held in 0u64..150) {
+        fn the_parts_add_up(all in proptest::array::uniform8(proptest::option::of(-50i64..200)), held in 0u64..150, before in 0u64..150) {
             let [looked, freed, called, decided, dispatched, ran, settled, began] = all.map(|ms| ms.map(at));
             let held = ms(held);
-            let stamps = Stamps { looked, freed, called, decided, dispatched, ran, settled, held, began, ..stamps() };
+            let stamps = Stamps { looked, freed, called, decided, dispatched, ran, settled, held, began, ran_before: ms(before), ..stamps() };
             let Lead { held, enqueue, pickup, retry, approval_wait, tool_route, tool_run, tool_return } = Lead::of(&stamps);
             let whole = between(called.unwrap_or(stamps.accepted), stamps.claimed);
             prop_assert_eq!(held + enqueue + pickup + retry + approval_wait + tool_route + tool_run + tool_return, whole);

@@ -239,6 +239,8 @@ pub struct Attempt {
     pub restarted: bool,
     /// Failures of this round's model that were waited for.
     pub retries: i32,
+    /// Workers that ended while an attempt of this round was at work on what others wrote.
+    pub worker_deaths: i32,
     pub model: String,
     pub mode: pb::ChatMode,
     pub traceparent: String,

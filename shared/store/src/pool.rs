@@ -132,10 +132,18 @@ impl Store {
         Self { places: Arc::new(Places::new(turns)), ..self }
     }
 
-    /// Brings the schema up to date. Any number of processes may do so at once: an advisory lock orders them.
+    /// Brings the schema up to date. Any number of processes may do so at once: an advisory lock orders them, and who
+    /// comes second waits for as long as the first takes. The pool's limits of time do not hold here: a change of a large table
+    /// may take minutes.
     #[boxed]
     pub async fn migrate(&self) -> Result<()> {
-        MIGRATOR.run(&self.pool).await.map_err(StoreError::Migrate)
+        // What is said last counts.
+        let options =
+            (*self.pool.connect_options()).clone().options([("statement_timeout", "0"), ("lock_timeout", "0")]);
+        let pool = PgPoolOptions::new().max_connections(1).connect_with(options).await?;
+        let migrated = MIGRATOR.run(&pool).await.map_err(StoreError::Migrate);
+        pool.close().await;
+        migrated
     }
 
     #[boxed]

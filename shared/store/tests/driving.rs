@@ -35,7 +35,7 @@ async fn a_plain_turn_runs_to_its_end() {
 #[tokio::test]
 async fn a_tool_turn_goes_its_way() {
     let world = World::new().await;
-    let (turn, calls) = world.asked(vec![call(0, "shell"), call(1, "glob")]).await;
+    let (turn, calls) = world.asked(vec![looking(0, "shell"), looking(1, "glob")]).await;
     assert_eq!(world.step().await, Step::Dispatch { turn, calls: calls.clone() });
     let mut generations = Vec::new();
     for call in &calls {
@@ -86,6 +86,34 @@ async fn a_zombie_changes_nothing() {
     assert_eq!(again.value, CommitOutcome::Fenced);
     assert_eq!(world.messages().await.iter().map(text).collect::<Vec<_>>(), ["text of a", "in time"]);
     assert!(world.calls(turn).await.is_empty());
+}
+
+#[tokio::test]
+async fn workers_that_end_over_an_attempt_are_counted_and_those_that_merely_had_it_are_not() {
+    let world = World::new().await;
+    let turn = world.turn("a").await;
+    let deaths = async |world: &World| world.claim(turn, 0).await.worker_deaths;
+    // Three workers in a row die with it, while nothing speaks against it.
+    assert_eq!([deaths(&world).await, deaths(&world).await, deaths(&world).await], [0, 0, 0]);
+    let attempt = world.claim(turn, 0).await;
+    world.store().set_suspect(turn, attempt.fence, true).await.unwrap();
+    world.store().set_suspect(turn, attempt.fence, false).await.unwrap();
+    assert_eq!(deaths(&world).await, 0, "it came out of what it did");
+    for count in 1..=2 {
+        let attempt = world.claim(turn, 0).await;
+        world.store().set_suspect(turn, attempt.fence, true).await.unwrap();
+        // What a worker that was given up says later is not believed.
+        world.store().set_suspect(turn, attempt.fence - 1, false).await.unwrap();
+        assert_eq!(deaths(&world).await, count);
+    }
+    // A round that ends well starts the count anew.
+    let attempt = world.claim(turn, 0).await;
+    let _ = world.store().commit_message(answer(&attempt, "on it", vec![call(0, "shell")])).await.unwrap();
+    let calls = world.calls(turn).await;
+    let id = calls[0].id.parse().unwrap();
+    world.dispatch(id).await;
+    assert_eq!(world.ack(&world.result(id, 1, "ok")).await, pb::AckOutcome::Committed);
+    assert_eq!(world.claim(turn, 1).await.worker_deaths, 0);
 }
 
 #[tokio::test]

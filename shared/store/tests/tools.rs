@@ -169,7 +169,7 @@ async fn a_turn_that_waits_for_room_ends_at_its_deadline() {
 #[tokio::test]
 async fn all_calls_of_a_round_are_sent_by_one_transaction() {
     let world = World::new().await;
-    let (turn, calls) = world.asked((0..8).map(|index| call(index, "shell")).collect()).await;
+    let (turn, calls) = world.asked((0..8).map(|index| looking(index, "grep")).collect()).await;
     let mut shuffled = calls.clone();
     shuffled.reverse();
     let trace = |n: usize| TraceContext::from_traceparent(&format!("00-{:032x}-{:016x}-01", 7, n + 1));
@@ -241,7 +241,7 @@ async fn a_call_that_nobody_tried_to_send_is_found_when_its_daemon_comes() {
 async fn a_lost_journal_makes_sent_calls_unknown_or_repeats_them() {
     let mut world = World::new().await;
     let repeatable = NewCall { repeatable: true, read_only: true, ..call(1, "glob") };
-    let (turn, calls) = world.asked(vec![call(0, "shell"), repeatable]).await;
+    let (turn, calls) = world.asked(vec![looking(0, "grep"), repeatable]).await;
     for call in &calls {
         world.dispatch(*call).await;
     }
@@ -278,7 +278,7 @@ async fn a_daemon_that_stays_away_leaves_an_unknown_outcome_and_a_late_result() 
 #[tokio::test]
 async fn an_unknown_outcome_has_a_cause_from_the_list_and_nothing_else_has_one() {
     let world = World::new().await;
-    let (turn, calls) = world.asked(vec![call(0, "shell"), call(1, "shell")]).await;
+    let (turn, calls) = world.asked(vec![looking(0, "grep"), looking(1, "grep")]).await;
     let generations = [world.dispatch(calls[0]).await, world.dispatch(calls[1]).await];
     let (has_cause, known) = ("tool_calls_unknown_has_cause", "tool_calls_unknown_cause_known");
     for (sql, constraint) in [
@@ -359,7 +359,8 @@ async fn approving_for_the_session_lets_the_tool_through() {
     let decided =
         world.store().decide_approval(world.user, approvals[0], true, pb::ApprovalScope::Session).await.unwrap();
     assert_eq!(kinds(&decided.events), ["approval APPROVED", "approval APPROVED", "call PENDING", "call PENDING"]);
-    assert_eq!(world.step().await, Step::Dispatch { turn, calls: vec![calls[0], calls[2]] });
+    assert_eq!(world.step().await, Step::Dispatch { turn, calls: vec![calls[0]] });
+    assert!(world.store().prepare_dispatches(world.chat, &calls[2..], &[]).await.unwrap().value.is_empty(), "not yet");
     let _ = world.store().request_cancel(world.user, turn).await.unwrap();
     // A later call of that tool does not ask.
     let (turn, _) = world.asked(vec![asking(0, "shell"), asking(1, "write_file")]).await;
@@ -449,4 +450,31 @@ async fn a_call_behind_its_turn_is_given_up_like_any_other() {
     world.daemon_comes(Incarnation::new()).await;
     assert_eq!(world.step().await, Step::Idle);
     assert_eq!(world.calls(turn).await[0].unknown_cause(), pb::UnknownCause::JournalLost);
+}
+
+#[tokio::test]
+async fn a_call_is_not_sent_ahead_of_those_before_it_whoever_asks() {
+    let world = World::new().await;
+    let round = vec![looking(0, "grep"), looking(1, "grep"), call(2, "shell"), looking(3, "grep"), asking(4, "shell")];
+    let (turn, calls) = world.asked(round).await;
+    let sent = async || -> Vec<usize> {
+        let orders = world.store().prepare_dispatches(world.chat, &calls, &[]).await.unwrap().value;
+        let place = |id: &str| calls.iter().position(|call| call.to_string() == id).unwrap();
+        orders.iter().filter(|order| order.call.generation == 1).map(|order| place(&order.call.call_id)).collect()
+    };
+    assert_eq!(world.step().await, Step::Dispatch { turn, calls: calls[..2].to_vec() });
+    assert_eq!(sent().await, [0, 1]);
+    assert_eq!(world.ack(&world.result(calls[0], 1, "")).await, pb::AckOutcome::Committed);
+    assert_eq!(sent().await, [0usize; 0], "one before it is open");
+    assert_eq!(world.ack(&world.result(calls[1], 2, "")).await, pb::AckOutcome::Committed);
+    assert_eq!(sent().await, [2]);
+    assert_eq!(world.ack(&world.result(calls[2], 1, "")).await, pb::AckOutcome::Committed);
+    // Whoever is asked first: the last one's approval comes while one before it runs.
+    assert_eq!(sent().await, [3]);
+    let approvals = world.approvals().await;
+    let _ = world.store().decide_approval(world.user, approvals[0], true, pb::ApprovalScope::Once).await.unwrap();
+    assert_eq!(sent().await, [0usize; 0]);
+    assert_eq!(world.ack(&world.result(calls[3], 2, "")).await, pb::AckOutcome::Committed);
+    assert_eq!(world.step().await, Step::Dispatch { turn, calls: vec![calls[4]] });
+    assert_eq!(sent().await, [4]);
 }

@@ -135,6 +135,8 @@ metrics! {
     pub static MODEL_PLACES: IntGaugeVec = ("reliant_model_places", ["state"]);
     /// Model attempts that took over from one that died or was given up.
     pub static TURN_TAKEOVERS: IntCounter = ("reliant_turn_takeovers_total", []);
+    /// Turns that were given up because each worker that prepared them ended or stood still just then.
+    pub static TURNS_DEADLY: IntCounter = ("reliant_turns_deadly_total", []);
     /// Bursts of chats and their parts, by kind (burst, next_step, dispatch) and outcome (ok, failed, cancelled).
     pub static TURN_STEP: HistogramVec = ("reliant_turn_step_seconds", ["step", "outcome"], SECONDS);
 

@@ -311,6 +311,11 @@ pub fn call(index: i32, tool: &str) -> NewCall {
     }
 }
 
+/// One that may run beside others of its kind.
+pub fn looking(index: i32, tool: &str) -> NewCall {
+    NewCall { read_only: true, ..call(index, tool) }
+}
+
 pub fn asking(index: i32, tool: &str) -> NewCall {
     NewCall { needs_approval: true, ..call(index, tool) }
 }

@@ -83,6 +83,34 @@ async fn parallel_calls_and_several_rounds_stay_in_order() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_calls_of_a_message_take_effect_in_their_order() -> Result<()> {
+    let rig = Rig::start(RigOptions::default()).await?;
+    let ada = rig.person("ada").await?;
+    let _daemon = rig.daemon(&ada, "laptop", DaemonOptions::default()).await?;
+    let call = |name: &str, args: serde_json::Value| json!({ "name": name, "args": args });
+    let lines: String = (0..8).map(|n| format!("line {n}\n")).collect();
+    let mut calls = vec![call("write_file", json!({ "path": "eight.txt", "content": lines }))];
+    calls.extend((0..8).map(|n| {
+        call(
+            "edit_file",
+            json!({ "path": "eight.txt", "old_string": format!("line {n}\n"), "new_string": format!("edited {n}\n") }),
+        )
+    }));
+    calls.push(call("read_file", json!({ "path": "eight.txt" })));
+    calls.push(call("shell", json!({ "command": "sleep 0.2; grep -c edited eight.txt > count.txt" })));
+    calls.push(call("shell", json!({ "command": "cat count.txt" })));
+    let rounds = json!([{ "tools": calls }, { "text": "finished" }]);
+    let mut session = session(&ada, MODEL, pb::ChatMode::Auto).await?;
+    let report = session.send_and_wait(&script(rounds), PATIENCE).await?;
+    assert!(report.succeeded(), "{:?}", report.turn);
+    let of = |index: i32| &report.tool_calls.iter().find(|call| call.index == index).unwrap().result;
+    let read = of(9);
+    assert_eq!(read.matches("edited").count(), 8, "a call reads what those before it wrote: {read}");
+    assert_eq!(of(11).trim(), "8", "a command finds what the one before it made");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_message_sent_while_a_turn_runs_queues_and_the_same_id_twice_is_one() -> Result<()> {
     let rig = Rig::start(RigOptions::default()).await?;
     let ada = rig.person("ada").await?;
