@@ -142,35 +142,46 @@ impl Cost {
     }
 }
 
-/// Small turns with one call: events of Temporal's history, and bytes of our event rows over the bytes of what people,
-/// models and tools wrote, as it is stored once.
+/// Turns with one call: events of Temporal's history, and bytes of our event rows over the bytes of what people, models and
+/// tools wrote, as it is stored once. The ratio is of turns whose content is [`TEXT_BYTES`] and some; of turns that say next
+/// to nothing the rows themselves are most, and `event_bytes_per_small_turn` says how much that is.
 async fn counted(bench: &Bench, report: &mut Report) -> Result<()> {
+    let (small, events) = stored(bench, "go").await?;
+    report.set("temporal_events_per_turn", events);
+    report.set("event_bytes_per_small_turn", small.events);
+    report.set("content_bytes_per_small_turn", small.content);
+    let (usual, _) = stored(bench, &"x".repeat(TEXT_BYTES)).await?;
+    report.set("event_bytes_per_turn", usual.events);
+    report.set("content_bytes_per_turn", usual.content);
+    report.set("stored_over_content", usual.events / usual.content);
+    Ok(())
+}
+
+/// Bytes per turn.
+struct Stored {
+    events: f64,
+    content: f64,
+}
+
+/// What new chats' turns leave behind, and Temporal's events per turn.
+async fn stored(bench: &Bench, text: &str) -> Result<(Stored, f64)> {
     let mut chats = chats(bench, SHELL, CHATS).await?;
-    each_has(&mut chats, COUNTED, "go").await?;
+    each_has(&mut chats, COUNTED, text).await?;
     let (temporal, mut events) = (HttpApi::find().await?, 0);
     for chat in &chats {
         events += temporal.history_events(chat.chat()).await?;
     }
     let turns = (CHATS * COUNTED) as f64;
-    report.set("temporal_events_per_turn", events as f64 / turns);
-
     let ids: Vec<String> = chats.iter().map(|chat| format!("'{}'", chat.chat())).collect();
     let ids = ids.join(", ");
     // A row with its header, as it lies in its page; indexes are not in it.
-    let stored =
-        bytes(bench, &format!("SELECT sum(pg_column_size(e.*)) FROM events e WHERE chat_id IN ({ids})")).await?;
-    let content = bytes(
-        bench,
-        &format!(
-            "SELECT sum(octet_length(b.data)) FROM content_blocks b JOIN messages m ON m.id = b.message_id
-             WHERE m.chat_id IN ({ids})"
-        ),
-    )
-    .await?;
-    report.set("event_bytes_per_turn", stored / turns);
-    report.set("content_bytes_per_turn", content / turns);
-    report.set("stored_over_content", stored / content);
-    Ok(())
+    let rows = format!("SELECT sum(pg_column_size(e.*)) FROM events e WHERE chat_id IN ({ids})");
+    let blocks = format!(
+        "SELECT sum(octet_length(b.data)) FROM content_blocks b JOIN messages m ON m.id = b.message_id
+         WHERE m.chat_id IN ({ids})"
+    );
+    let stored = Stored { events: bytes(bench, &rows).await? / turns, content: bytes(bench, &blocks).await? / turns };
+    Ok((stored, events as f64 / turns))
 }
 
 async fn bytes(bench: &Bench, sql: &str) -> Result<f64> {

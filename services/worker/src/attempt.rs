@@ -114,7 +114,9 @@ async fn answer(
     let (mut request, untold) = context(attempt, model.max_tools);
     let (messages, counted) = history::to_model(&history.messages, &attempt.model);
     request.messages = messages;
-    let report = fit_history(&mut request, &model, &counted);
+    // What was counted with messages that are not read any more says nothing of those that are.
+    let counted = if history.cut { &[][..] } else { &counted };
+    let report = fit_history(&mut request, &model, counted);
     suspect.leave().await?;
     if report.too_large {
         let failure = Failure::new(

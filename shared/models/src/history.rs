@@ -256,6 +256,19 @@ impl Cutter<'_> {
         self.total -= self.messages.drain(range).map(|message| message_bytes(&message)).sum::<usize>();
     }
 
+    /// Drops pieces of `from..end` that each begin with a message of `role`, until what is left is no more than `target`.
+    /// All at once: a long chat loses nearly everything, and each drop moves what stands behind it.
+    fn drop_until(&mut self, from: usize, end: usize, role: ChatRole, target: usize) {
+        let (mut left, mut at) = (self.total, from);
+        while left > target && at < end {
+            let next = self.messages[at + 1..end].iter().position(|message| message.role == role);
+            let next = next.map_or(end, |next| at + 1 + next);
+            left -= self.messages[at..next].iter().map(message_bytes).sum::<usize>();
+            at = next;
+        }
+        self.drop_range(from..at.max(from));
+    }
+
     /// Providers do not read the thinking of earlier turns; nothing is lost.
     fn drop_old_thinking(&mut self) {
         let latest = self.latest_user();
@@ -297,13 +310,8 @@ impl Cutter<'_> {
         if first > 0 {
             self.drop_range(0..first);
         }
-        let from = 1;
-        while self.total > target && from < self.latest_user() {
-            // What follows the first message up to the next one of the person, then turn after turn.
-            let next = self.messages[from + 1..].iter().position(|message| message.role == ChatRole::User);
-            let Some(next) = next else { break };
-            self.drop_range(from..from + 1 + next);
-        }
+        // What follows the first message up to the next one of the person, then turn after turn.
+        self.drop_until(1, self.latest_user(), ChatRole::User, target);
         self.note(0, dropped);
     }
 
@@ -314,13 +322,8 @@ impl Cutter<'_> {
         }
         let target = target.saturating_sub(NOTE_MAX_BYTES);
         let dropped = self.report.dropped_messages;
-        let from = self.latest_user() + 1;
-        while self.total > target && from < self.newest_round() {
-            let round = self.messages[from + 1..].iter().position(|message| message.role == ChatRole::Assistant);
-            let end = round.map_or(self.messages.len(), |round| from + 1 + round).min(self.newest_round());
-            self.drop_range(from..end);
-        }
         let latest = self.latest_user();
+        self.drop_until(latest + 1, self.newest_round(), ChatRole::Assistant, target);
         self.note(latest, dropped);
     }
 

@@ -246,8 +246,11 @@ impl Store {
             // The numbers in the text of a turn's notice grow from round to round: its first words tell what it is about.
             let row = sqlx::query_scalar!(
                 "SELECT t.ordinal FROM turns t WHERE t.id = $1 AND t.fence = $2 AND t.ended_at IS NULL
-                   AND NOT EXISTS (SELECT FROM messages m WHERE m.chat_id = t.chat_id AND m.role = 'notice'
-                       AND CASE WHEN $3 THEN m.body = $4 ELSE m.turn_id = t.id AND left(m.body, 20) = left($4, 20) END)",
+                   AND CASE WHEN $3 THEN NOT EXISTS (
+                           SELECT FROM messages m WHERE m.chat_id = t.chat_id AND m.role = 'notice' AND m.body = $4)
+                       ELSE NOT EXISTS (
+                           SELECT FROM messages m WHERE m.chat_id = t.chat_id AND m.turn_ordinal = t.ordinal AND m.role = 'notice'
+                             AND left(m.body, 20) = left($4, 20)) END",
                 turn.0,
                 fence,
                 notice == Notice::OfChat,

@@ -17,6 +17,7 @@ use crate::{
     places::WORKER_SILENT_SECS,
     pool::Tx,
     rows::{ChatRow, clean, role_text, stop_text, usage_json},
+    stored_events,
 };
 
 /// What names the chat.
@@ -277,7 +278,7 @@ impl ChatTx {
         let (mut pending, mut burst) = (false, None);
         if !events.is_empty() || !feed.is_empty() || wanted > 0 || self.touched {
             let kinds: Vec<String> = events.iter().map(|event| event_kind(event).to_owned()).collect();
-            let payloads: Vec<Vec<u8>> = events.iter().map(|event| event.encode_to_vec()).collect();
+            let (payloads, about): (Vec<Vec<u8>>, Vec<Option<Uuid>>) = events.iter().map(stored_events::stored).unzip();
             let feed_kinds: Vec<String> = feed.iter().map(|event| feed_kind(event).to_owned()).collect();
             let feed_payloads: Vec<Vec<u8>> = feed.iter().map(|event| event.encode_to_vec()).collect();
             let written = sqlx::query!(
@@ -306,9 +307,9 @@ impl ChatTx {
                     INSERT INTO content_blocks (message_id, position, kind, data)
                     SELECT * FROM UNNEST($18::uuid[], $19::int[], $20::text[], $21::bytea[])
                 ), e AS (
-                    INSERT INTO events (chat_id, seq, kind, payload, created_at)
-                    SELECT $1, c.last_seq - $2 + u.n, u.kind, u.payload, $6
-                    FROM c, UNNEST($22::text[], $23::bytea[]) WITH ORDINALITY AS u (kind, payload, n)
+                    INSERT INTO events (chat_id, seq, kind, payload, about, created_at)
+                    SELECT $1, c.last_seq - $2 + u.n, u.kind, u.payload, u.about, $6
+                    FROM c, UNNEST($22::text[], $23::bytea[], $31::uuid[]) WITH ORDINALITY AS u (kind, payload, about, n)
                 ), f AS (
                     UPDATE users SET feed_seq = feed_seq + $24 FROM c WHERE users.id = c.user_id AND $24 > 0
                     RETURNING users.id, users.feed_seq
@@ -351,6 +352,7 @@ impl ChatTx {
                 self.hold != Hold::Unchanged,
                 held_for,
                 WORKER_SILENT_SECS,
+                &about as &[Option<Uuid>],
             )
             .fetch_one(&mut *self.tx)
             .await?;

@@ -8,6 +8,7 @@ use crate::{
     Result, Store, StoreError,
     pages::{fit_calls, newest_for_people},
     rows::{ApprovalRow, ChatRow, MessageRow, TurnRow, calls, turns},
+    stored_events::{self, Rest},
 };
 
 impl Store {
@@ -18,12 +19,23 @@ impl Store {
         self.run("events_after", async || {
             let rows = sqlx::query!(
                 r#"WITH sized AS (
-                       SELECT seq, row_number() OVER w AS place, sum(octet_length(payload)) OVER w AS total
-                       FROM (SELECT seq, payload FROM events WHERE chat_id = $1 AND seq > $2 ORDER BY seq LIMIT $3) e
+                       SELECT seq, row_number() OVER w AS place, sum(bytes) OVER w AS total
+                       FROM (SELECT e.seq, octet_length(e.payload) + COALESCE(m.bytes, 0) + COALESCE(octet_length(k.input), 0)
+                                    + COALESCE(octet_length(k.result), 0) AS bytes
+                             FROM (SELECT seq, payload, about FROM events
+                                   WHERE chat_id = $1 AND seq > $2 ORDER BY seq LIMIT $3) e
+                             LEFT JOIN messages m ON m.id = e.about LEFT JOIN tool_calls k ON k.id = e.about) b
                        WINDOW w AS (ORDER BY seq)
                    )
-                   SELECT e.seq, e.payload, c.last_seq > s.seq AS "more!"
+                   SELECT e.seq, e.payload, e.about, c.last_seq > s.seq AS "more!", k.input AS "input?", k.result AS "result?",
+                          m.id AS "message?", m.turn_id, m.ordinal AS "ordinal?", m.role AS "role?", m.iteration,
+                          m.model AS "model?", m.usage, m.stop_reason AS "stop_reason?", m.client_message_id,
+                          m.created_at AS "created_at?", m.turn_ordinal AS "turn_ordinal?", m.bytes AS "bytes?",
+                          CASE WHEN m.id IS NOT NULL THEN
+                              ARRAY(SELECT b.data FROM content_blocks b WHERE b.message_id = m.id ORDER BY b.position)
+                          END AS blocks
                    FROM sized s JOIN events e ON e.chat_id = $1 AND e.seq = s.seq JOIN chats c ON c.id = $1
+                        LEFT JOIN messages m ON m.id = e.about LEFT JOIN tool_calls k ON k.id = e.about
                    WHERE s.place = 1 OR s.total <= $4 ORDER BY e.seq"#,
                 chat.0,
                 after,
@@ -33,11 +45,27 @@ impl Store {
             .fetch_all(&self.pool)
             .await?;
             let more = rows.last().is_some_and(|row| row.more);
-            let decode = |row: &[u8], seq| {
-                let event = pb::ChatEvent::decode(row).map_err(|_| StoreError::Corrupt("an event"))?;
-                Ok(pb::ChatEvent { seq, ..event })
-            };
-            let events = rows.iter().map(|row| decode(&row.payload, row.seq)).collect::<Result<_>>()?;
+            let mut events = Vec::with_capacity(rows.len());
+            for row in rows {
+                let message = row.message.map(|id| MessageRow {
+                    id,
+                    chat_id: chat.0,
+                    turn_id: row.turn_id,
+                    ordinal: row.ordinal.unwrap_or_default(),
+                    role: row.role.unwrap_or_default(),
+                    iteration: row.iteration,
+                    model: row.model.unwrap_or_default(),
+                    usage: row.usage,
+                    stop_reason: row.stop_reason.unwrap_or_default(),
+                    client_message_id: row.client_message_id,
+                    created_at: row.created_at.unwrap_or_default(),
+                    turn_ordinal: row.turn_ordinal.unwrap_or_default(),
+                    bytes: row.bytes.unwrap_or_default(),
+                    blocks: row.blocks,
+                });
+                let rest = Rest { row: row.about, message, call: row.input.zip(row.result) };
+                events.push(stored_events::whole(chat.0, row.seq, &row.payload, rest)?);
+            }
             Ok((events, more))
         })
         .await

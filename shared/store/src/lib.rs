@@ -29,6 +29,7 @@ mod results;
 mod rows;
 mod secret;
 mod settle;
+mod stored_events;
 mod tokens;
 mod turns;
 mod users;

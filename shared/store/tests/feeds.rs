@@ -211,3 +211,35 @@ async fn what_happens_to_one_user_everywhere_at_once_is_one_feed_without_a_hole(
     contiguous(feed.iter().map(|event| event.seq));
     assert_eq!(feed.len(), 2 + 8 * 31);
 }
+
+#[tokio::test]
+async fn the_log_is_what_was_published_and_holds_no_content_a_second_time() {
+    const BYTES: usize = 20_000;
+    let world = World::new().await;
+    let turn = world.turn("a").await;
+    let attempt = world.claim(turn, 0).await;
+    let input = format!(r#"{{"text":"{}"}}"#, "i".repeat(BYTES));
+    let new = NewCall { input: input.clone(), ..asking(0, "write_file") };
+    let told = NewCall { refused: Some(Failure::new(Code::ToolUnknown, "there is none")), ..call(1, "rm") };
+    let mut published = world.store().commit_message(answer(&attempt, "on it", vec![new, told])).await.unwrap().events;
+    let approvals = world.approvals().await;
+    let decided = world.store().decide_approval(world.user, approvals[0], true, pb::ApprovalScope::Once).await.unwrap();
+    published.extend(decided.events);
+    let calls = world.calls(turn).await;
+    let id = calls[0].id.parse().unwrap();
+    published.extend(world.store().prepare_dispatches(world.chat, &[id], &[]).await.unwrap().events);
+    let result = world.result(id, 1, &"r".repeat(BYTES));
+    published.extend(world.store().commit_result(world.daemon, &result).await.unwrap().events);
+    let kinds = kinds(&published);
+    assert!(kinds.contains(&"call SUCCEEDED".to_owned()) && kinds.contains(&"message TOOL".to_owned()), "{kinds:?}");
+    let log = world.log().await;
+    assert!(!log.iter().any(|event| event.chat_id.is_empty()));
+    for event in &published {
+        assert_eq!(log[usize::try_from(event.seq).unwrap() - 1], *event);
+    }
+    let stored = world.db.number("SELECT sum(octet_length(payload))::bigint FROM events").await;
+    assert!(stored < BYTES as i64, "{} events take {stored} bytes", log.len());
+    // What is read counts by what it holds, not by what is stored of it.
+    let (some, more) = world.store().events_after(world.chat, 0, 3).await.unwrap();
+    assert_eq!((some.len(), more), (3, true));
+}

@@ -379,7 +379,7 @@ impl Observer {
             .collect()
     }
 
-    /// All events of a chat, in order: each state that its rows have been in.
+    /// All events of a chat, in order: each state that its rows have been in. As stored: texts are in the rows.
     #[boxed]
     pub async fn events(&self, chat: ChatId) -> Result<Vec<pb::ChatEvent>> {
         let query = sqlx::query_scalar::<_, Vec<u8>>("SELECT payload FROM events WHERE chat_id = $1 ORDER BY seq");
