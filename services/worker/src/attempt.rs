@@ -16,6 +16,7 @@ use crate::{
     engine::{Engine, EngineError, between},
     history,
     live::{LiveKey, Push},
+    offers::Offer,
     prompt::{Machine, PromptFacts, system_prompt},
     tools,
 };
@@ -64,18 +65,22 @@ pub async fn run(
     let key = LiveKey { chat: attempt.chat, user: attempt.user, message: attempt.message, epoch: attempt.fence };
     engine.live.open(&key);
     let void = DropLive { engine, key: &key, keep: false };
+    let offer = engine.offers.of(&engine.store, &attempt).await?;
     let streamed = tokio::select! {
         biased;
         () = cancel.token.cancelled() => return Ok(End::Lost),
         () = stop.cancelled() => return Err(EngineError::Stopped),
         () = tokio::time::sleep_until(deadline) => return Ok(End::Deadline),
-        streamed = answer(engine, &attempt, began, &key, deadline) => streamed?,
+        streamed = answer(engine, &attempt, &offer, began, &key, deadline) => streamed?,
     };
     let (answer, times) = match streamed {
         Ok(answer) => answer,
         Err(end) => return Ok(end),
     };
-    commit(engine, attempt, answer, times, void, stop, deadline).await
+    let suspect = Suspect::enter(engine, &attempt).await?;
+    let message = message(engine, &attempt, &offer, answer);
+    suspect.leave().await?;
+    commit(engine, attempt, message, times, void, stop, deadline).await
 }
 
 /// The text of an attempt that is not committed is void, however the attempt ends.
@@ -98,6 +103,7 @@ impl Drop for DropLive<'_> {
 async fn answer(
     engine: &Arc<Engine>,
     attempt: &Attempt,
+    offer: &Offer,
     began: Instant,
     key: &LiveKey,
     deadline: Instant,
@@ -111,7 +117,7 @@ async fn answer(
         engine.transcripts.put(attempt.chat, transcript);
     }
     let suspect = Suspect::enter(engine, attempt).await?;
-    let (mut request, untold) = context(attempt, model.max_tools);
+    let (mut request, untold) = context(attempt, offer, model.max_tools);
     let (messages, counted) = history::to_model(&history.messages, &attempt.model);
     request.messages = messages;
     // What was counted with messages that are not read any more says nothing of those that are.
@@ -177,13 +183,13 @@ impl<'a> Suspect<'a> {
 }
 
 /// The request without its messages, and what is to be said of tools that are not in it.
-fn context(attempt: &Attempt, max_tools: usize) -> (ModelRequest, Option<String>) {
-    let mut offered = offered(attempt);
+fn context(attempt: &Attempt, offer: &Offer, max_tools: usize) -> (ModelRequest, Option<String>) {
+    let mut offered = offer.tools(attempt.mode);
     let notice = tools::keep_at_most(&mut offered, max_tools);
     let machine = attempt.daemon.as_ref().map(|daemon| Machine {
         hostname: &daemon.hostname,
         os: &daemon.os,
-        root: daemon.roots.iter().find(|root| root.id == attempt.root_id),
+        root: offer.root(),
     });
     let system = system_prompt(&PromptFacts {
         date: chrono::Utc::now().date_naive(),
@@ -206,13 +212,6 @@ fn context(attempt: &Attempt, max_tools: usize) -> (ModelRequest, Option<String>
         max_output_tokens: 0,
     };
     (request, notice)
-}
-
-fn offered(attempt: &Attempt) -> Vec<&pb::ToolDeclaration> {
-    attempt
-        .daemon
-        .as_ref()
-        .map_or_else(Vec::new, |daemon| tools::offered(&daemon.tools, &attempt.root_id, attempt.mode))
 }
 
 /// Reads the stream to its end; what comes goes to viewers on the way.
@@ -266,26 +265,12 @@ async fn read(engine: &Arc<Engine>, key: &LiveKey, stream: &mut ModelStream) -> 
 async fn commit(
     engine: &Arc<Engine>,
     attempt: Attempt,
-    answer: Answer,
+    message: NewAssistant,
     times: Times,
     mut void: DropLive<'_>,
     stop: &CancellationToken,
     deadline: Instant,
 ) -> Result<End, EngineError> {
-    let suspect = Suspect::enter(engine, &attempt).await?;
-    let (blocks, calls) = judge(engine, &attempt, answer.blocks);
-    suspect.leave().await?;
-    let message = NewAssistant {
-        turn: attempt.turn,
-        fence: attempt.fence,
-        message: attempt.message,
-        iteration: attempt.iteration,
-        model: attempt.model.clone(),
-        blocks,
-        stop_reason: answer.stop.unwrap_or(pb::StopReason::EndTurn),
-        usage: answer.usage.unwrap_or_default(),
-        calls,
-    };
     let mut backoff = Backoff::new(COMMIT_RETRY_MIN, COMMIT_RETRY_MAX);
     // The answer is paid for and shown: while Postgres is away it is kept rather than made again.
     let committed = loop {
@@ -379,12 +364,29 @@ fn waves(events: &[pb::ChatEvent]) -> Vec<Vec<ToolCallId>> {
     waves
 }
 
+fn message(engine: &Engine, attempt: &Attempt, offer: &Offer, answer: Answer) -> NewAssistant {
+    let (blocks, calls) = judge(engine, attempt, offer, answer.blocks);
+    NewAssistant {
+        turn: attempt.turn,
+        fence: attempt.fence,
+        message: attempt.message,
+        iteration: attempt.iteration,
+        model: attempt.model.clone(),
+        blocks,
+        stop_reason: answer.stop.unwrap_or(pb::StopReason::EndTurn),
+        usage: answer.usage.unwrap_or_default(),
+        calls,
+    }
+}
+
 /// Splits the answer into what is stored as text and what is stored as calls, and judges the calls.
-fn judge(engine: &Engine, attempt: &Attempt, blocks: Vec<crate::answer::Growing>) -> (Vec<NewBlock>, Vec<NewCall>) {
-    let declared: Vec<&pb::ToolDeclaration> = attempt
-        .daemon
-        .as_ref()
-        .map_or_else(Vec::new, |daemon| tools::offered(&daemon.tools, &attempt.root_id, pb::ChatMode::Auto));
+fn judge(
+    engine: &Engine,
+    attempt: &Attempt,
+    offer: &Offer,
+    blocks: Vec<crate::answer::Growing>,
+) -> (Vec<NewBlock>, Vec<NewCall>) {
+    let declared = offer.tools(pb::ChatMode::Auto);
     let mut stored = Vec::with_capacity(blocks.len());
     let mut calls = Vec::new();
     let mut inputs = 0;

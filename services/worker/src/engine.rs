@@ -19,7 +19,10 @@ use reliant_types::{ChatId, Code, InstanceId, TurnId, pb};
 use tokio::sync::{Notify, Semaphore};
 use tokio_util::sync::CancellationToken;
 
-use crate::{bursts::Bursts, live::Live, load::Load, publish::Publisher, rounds::Rounds, transcripts::Transcripts};
+use crate::{
+    bursts::Bursts, live::Live, load::Load, offers::Offers, publish::Publisher, rounds::Rounds,
+    transcripts::Transcripts,
+};
 
 /// Wakes and other short errands under way at one time; past that they wait their turn.
 const ERRANDS_MAX: usize = 256;
@@ -50,6 +53,7 @@ pub struct Engine {
     pub bursts: Bursts,
     pub load: Load,
     pub transcripts: Transcripts,
+    pub offers: Offers,
     /// Of calls that ask for none.
     pub tool_timeout: Duration,
     pub cancels: Cancels,

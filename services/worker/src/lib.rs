@@ -14,6 +14,7 @@ mod history;
 mod listen;
 mod live;
 mod load;
+mod offers;
 mod presence;
 mod prompt;
 mod publish;
@@ -43,6 +44,7 @@ use crate::{
     engine::Engine,
     live::Live,
     load::Load,
+    offers::Offers,
     publish::{Hints, Publisher},
     rounds::Rounds,
     transcripts::Transcripts,
@@ -142,6 +144,7 @@ pub async fn build(config: WorkerConfig, deps: WorkerDeps) -> Result<Worker, Wor
         bursts: Bursts::default(),
         load: Load::new(slots),
         transcripts: Transcripts::default(),
+        offers: Offers::default(),
         tool_timeout: config.tool_timeout.min(limits::TOOL_TIMEOUT_MAX),
         cancels: Default::default(),
         instance,

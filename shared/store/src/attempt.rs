@@ -14,11 +14,11 @@ use reliant_types::{
 use uuid::Uuid;
 
 use crate::{
-    Attempt, Claim, CommitOutcome, Committed, DaemonTools, Lead, NewAssistant, NewBlock, NewCall, Notice, Result,
+    Attempt, AttemptDaemon, Claim, CommitOutcome, Committed, Lead, NewAssistant, NewBlock, NewCall, Notice, Result,
     Store, StoreError,
     chat_tx::{ChatTx, Key, NewMessage},
     lead::Stamps,
-    rows::{CallRow, TurnRow, calls, clean, declarations, incarnation, mode, turns},
+    rows::{CallRow, TurnRow, calls, clean, incarnation, mode, turns},
     settle::{self, TurnEnding},
 };
 
@@ -75,7 +75,7 @@ impl Store {
                          t.producer, t.traceparent, t.model, t.mode, t.deadline_at AS "deadline!", t.cancel_requested,
                          t.error_code, t.error_message, t.usage, t.created_at, t.started_at, t.ended_at,
                          d.id AS "daemon?", d.incarnation, d.hostname AS "hostname?", d.os AS "os?",
-                         d.declarations AS "declarations?", old.attempt_trace AS "before!", c.looked_at, t.held_ms, t.round_began_at, t.worker_deaths,
+                         d.declared AS "declared?", old.attempt_trace AS "before!", c.looked_at, t.held_ms, t.round_began_at, t.worker_deaths,
                          (SELECT p.ended_at FROM turns p WHERE p.chat_id = t.chat_id AND p.ordinal = t.ordinal - 1) AS freed_at,
                          l.created_at AS "called_at?", l.decided_at, l.dispatched_at, l.started_at AS ran_at,
                          l.ended_at AS settled_at, (extract(epoch FROM l.ran_before) * 1000000)::bigint AS ran_before_us"#,
@@ -139,16 +139,12 @@ impl Store {
         let started = current.started().map(|started| pb::MessageStarted { restarted: row.restarted, ..started });
         tx.event(Kind::MessageStarted(started.ok_or(StoreError::Corrupt("an attempt without its producer"))?));
         tx.release_hold();
-        let declared = declarations(&row.declarations.unwrap_or_default());
-        let root = Some(tx.chat.root_id.clone()).filter(|root| !root.is_empty());
-        let root_id = root.or_else(|| declared.roots.first().map(|root| root.id.clone())).unwrap_or_default();
-        let daemon = row.daemon.map(|id| DaemonTools {
+        let daemon = row.daemon.map(|id| AttemptDaemon {
             id: DaemonId(id),
             incarnation: incarnation(row.incarnation),
             hostname: row.hostname.unwrap_or_default(),
             os: row.os.unwrap_or_default(),
-            roots: declared.roots,
-            tools: declared.tools,
+            declared: row.declared.unwrap_or_default(),
         });
         let attempt = Attempt {
             turn,
@@ -167,7 +163,7 @@ impl Store {
             lead,
             claimed_at: now,
             daemon,
-            root_id,
+            root_id: tx.chat.root_id.clone(),
             ordinal: current.ordinal,
             last_ordinal: tx.chat.last_ordinal,
             deadline: row.deadline,

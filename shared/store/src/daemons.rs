@@ -199,7 +199,7 @@ impl Store {
             };
             sqlx::query!(
                 "UPDATE daemons SET incarnation = $2, instance = $3, hostname = $4, os = $5, version = $6, declarations = $7,
-                                    last_seen_at = now() WHERE id = $1",
+                                    declared = declared + (declarations <> $7)::int, last_seen_at = now() WHERE id = $1",
                 hello.daemon.0,
                 hello.incarnation.0,
                 instance,
@@ -235,6 +235,19 @@ impl Store {
         .await
     }
 
+    /// What the daemon declares, and the number of its last change.
+    #[boxed]
+    pub async fn declarations(&self, daemon: DaemonId) -> Result<(i64, pb::Declarations)> {
+        self.run("declarations", async || {
+            let row = sqlx::query!("SELECT declared, declarations FROM daemons WHERE id = $1", daemon.0)
+                .fetch_optional(&self.pool)
+                .await?
+                .ok_or(StoreError::not_found("daemon"))?;
+            Ok((row.declared, declarations(&row.declarations)))
+        })
+        .await
+    }
+
     /// Tools or roots changed. False: a newer instance has the daemon.
     #[boxed]
     pub async fn update_declarations(
@@ -247,7 +260,8 @@ impl Store {
         let declared = pb::Declarations { roots, tools }.encode_to_vec();
         self.run("update_declarations", async || {
             let row = sqlx::query!(
-                r#"UPDATE daemons SET declarations = CASE WHEN instance = $2 AND revoked_at IS NULL THEN $3 ELSE declarations END
+                r#"UPDATE daemons SET declarations = CASE WHEN instance = $2 AND revoked_at IS NULL THEN $3 ELSE declarations END,
+                          declared = declared + (instance = $2 AND revoked_at IS NULL)::int
                    WHERE id = $1 RETURNING user_id, (instance = $2 AND revoked_at IS NULL) AS "current!""#,
                 daemon.0,
                 instance,

@@ -251,8 +251,8 @@ pub struct Attempt {
     /// By the database's clock.
     pub claimed_at: DateTime<Utc>,
     /// None: the chat has no daemon.
-    pub daemon: Option<DaemonTools>,
-    /// The root of the daemon that is chosen; empty where it offers none.
+    pub daemon: Option<AttemptDaemon>,
+    /// The root that the chat has chosen; empty: the first that its daemon offers.
     pub root_id: String,
     /// The turn's place in the chat.
     pub ordinal: i32,
@@ -263,14 +263,14 @@ pub struct Attempt {
 }
 
 #[derive(Debug, Clone, PartialEq)]
-pub struct DaemonTools {
+pub struct AttemptDaemon {
     pub id: DaemonId,
     /// None: it never connected.
     pub incarnation: Option<Incarnation>,
     pub hostname: String,
     pub os: String,
-    pub roots: Vec<pb::Root>,
-    pub tools: Vec<pb::ToolDeclaration>,
+    /// Grows with each change of what it declares; see [`crate::Store::declarations`].
+    pub declared: i64,
 }
 
 /// A model's message as it is to be stored.

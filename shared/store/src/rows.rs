@@ -74,7 +74,7 @@ macro_rules! calls {
             r#"SELECT c.id, c.chat_id, c.turn_id, c.iteration, c.index, c.tool, c.input, c.read_only, c.status, c.generation,
                       c.daemon_id, c.unknown_cause, c.result, c.is_error, c.error_code, c.exit_code, c.output_bytes,
                       c.created_at, c.started_at, c.ended_at, c.repeatable, c.sent, c.incarnation, c.root_id, c.timeout_ms,
-                      c.dispatched_at, c.cancel_asked_at, c.refusals, c.not_before, c.waiting_for,
+                      c.cancel_asked_at, c.refusals, c.not_before, c.waiting_for,
                       t.ordinal AS turn_ordinal,
                       t.ended_at IS NOT NULL AS "turn_ended!", t.traceparent
                FROM tool_calls c JOIN turns t ON t.id = c.turn_id "# + $rest $(, $arg)*
@@ -88,7 +88,7 @@ macro_rules! calls {
             r#" RETURNING c.id, c.chat_id, c.turn_id, c.iteration, c.index, c.tool, c.input, c.read_only, c.status, c.generation,
                       c.daemon_id, c.unknown_cause, c.result, c.is_error, c.error_code, c.exit_code, c.output_bytes,
                       c.created_at, c.started_at, c.ended_at, c.repeatable, c.sent, c.incarnation, c.root_id, c.timeout_ms,
-                      c.dispatched_at, c.cancel_asked_at, c.refusals, c.not_before, c.waiting_for,
+                      c.cancel_asked_at, c.refusals, c.not_before, c.waiting_for,
                       t.ordinal AS turn_ordinal,
                       t.ended_at IS NOT NULL AS "turn_ended!", t.traceparent"# $(, $arg)*
         )
@@ -291,7 +291,6 @@ pub(crate) struct CallRow {
     pub incarnation: Option<Uuid>,
     pub root_id: String,
     pub timeout_ms: i64,
-    pub dispatched_at: Option<DateTime<Utc>>,
     pub cancel_asked_at: Option<DateTime<Utc>>,
     pub refusals: i32,
     pub not_before: Option<DateTime<Utc>>,

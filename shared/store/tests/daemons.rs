@@ -237,3 +237,19 @@ async fn projects_have_names_of_their_own() {
     world.store().heartbeat_instance(&Heartbeat { draining: true, ..beat }).await.unwrap();
     assert_eq!(world.db.number("SELECT count(*) FROM instances WHERE drain_state = 'draining'").await, 1);
 }
+
+#[tokio::test]
+async fn declarations_have_a_new_number_when_they_change_and_only_then() {
+    let mut world = World::new().await;
+    let (number, declared) = world.store().declarations(world.daemon).await.unwrap();
+    world.daemon_comes(world.journal).await;
+    assert_eq!(world.store().declarations(world.daemon).await.unwrap(), (number, declared.clone()));
+    let instance = world.db.number("SELECT instance FROM daemons").await;
+    let more =
+        [declared.tools.clone(), vec![pb::ToolDeclaration { name: "more".into(), ..Default::default() }]].concat();
+    let changed =
+        world.store().update_declarations(world.daemon, instance, declared.roots, more.clone()).await.unwrap();
+    assert!(changed.value);
+    let (after, now) = world.store().declarations(world.daemon).await.unwrap();
+    assert!(after > number && now.tools == more);
+}

@@ -15,9 +15,10 @@ async fn a_plain_turn_runs_to_its_end() {
     let turn = world.turn("a").await;
     assert_eq!(world.step().await, Step::CallModel { turn, iteration: 0 });
     let attempt = world.claim(turn, 0).await;
-    assert_eq!((attempt.fence, attempt.restarted, attempt.root_id.as_str()), (1, false, "r1"));
+    assert_eq!((attempt.fence, attempt.restarted, attempt.root_id.as_str()), (1, false, ""));
     assert_eq!(attempt.traceparent, TRACE);
-    assert_eq!(attempt.daemon.as_ref().unwrap().tools[0].name, "shell");
+    let (declared, offered) = world.store().declarations(world.daemon).await.unwrap();
+    assert_eq!((attempt.daemon.as_ref().unwrap().declared, offered.tools[0].name.as_str()), (declared, "shell"));
     assert_eq!(world.read(&attempt).await, ["text of a"]);
     let committed = world.store().commit_message(answer(&attempt, "hello\0", vec![])).await.unwrap();
     assert_eq!(committed.value, CommitOutcome::Committed { turn_ended: true });
