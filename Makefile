@@ -16,7 +16,7 @@ RELEASE := $(CARGO_TARGET_DIR)/release
 WEB := services/web
 BROWSER := tests/browser
 
-.PHONY: help up demo test test-idle test-observability test-phoenix test-fresh chaos bench compare lint fmt web web-test proto tools test-tools doctor deny sqlx program build clean need-cargo need-npm
+.PHONY: help up demo test test-hostile test-idle test-observability test-phoenix test-fresh chaos bench compare lint fmt web web-test proto tools test-tools doctor deny sqlx program build clean need-cargo need-npm
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,10 @@ chaos: web tools ## Kill, cut, pause and slow everything for 40 minutes, beside 
 test-observability: ## Traces, phases, logs and metrics of a real mesh, with many kills; prints each trace (part of `make test`, with few)
 	@$(MAKE) -j2 test-tools build
 	@SHOW_TRACES=1 RELIANT_TEST_KILLS=40 $(BIN)/xtask test --test e2e observability -- --nocapture --test-threads=2
+
+test-hostile: ## What a hostile client, daemon, repository or server was found to do: one line each, closed or open (exits 1 while one is open)
+	@$(MAKE) -j2 test-tools build
+	@$(BIN)/xtask hostile
 
 test-idle: ## A mesh that nobody uses stays quiet, for an hour (IDLE_MINUTES=10), and answers at once behind it (part of `make test`, a minute)
 	@$(MAKE) -j2 test-tools build

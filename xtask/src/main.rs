@@ -4,6 +4,7 @@
 
 mod check;
 mod compare;
+mod hostile;
 mod imports;
 mod log_fields;
 mod sqlx;
@@ -37,6 +38,8 @@ enum Command {
     },
     /// Measure two commits by turns and tell how they differ. Exit code 1: the second is worse; 2: it cannot be told.
     Compare(compare::Args),
+    /// Run the tests of the security review's findings and say which are closed. Exit code 1: one is open.
+    Hostile,
     /// Run the tests of the workspace with a private Postgres for those that need one.
     Test {
         /// Passed on to the tests: a name, or flags after `--`.
@@ -62,6 +65,9 @@ async fn run(command: Command) -> Result<ExitCode> {
         Command::Check => check::run(&root)?,
         Command::Sqlx { check } => sqlx::run(&root, check).await?,
         Command::Test { args } => test::run(&root, &args).await?,
+        Command::Hostile => {
+            return Ok(if hostile::run(&root).await? { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
         Command::Compare(args) => {
             return Ok(match compare::run(&root, args).await? {
                 compare::Conclusion::NoneWorse => ExitCode::SUCCESS,

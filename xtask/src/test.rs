@@ -29,6 +29,19 @@ struct Totals {
 
 pub async fn run(root: &Path, args: &[String]) -> Result<()> {
     let begun = Instant::now();
+    let mut totals = Totals::default();
+    let passed = cargo_test(root, args, |line| {
+        println!("{line}");
+        totals.add(line);
+    })
+    .await;
+    let Totals { passed: ok, failed, ignored } = totals;
+    println!("\n{ok} passed, {failed} failed, {ignored} ignored in {} s", begun.elapsed().as_secs());
+    passed
+}
+
+/// Runs tests of the workspace over private servers; each line of their output goes to `say`.
+pub async fn cargo_test(root: &Path, args: &[String], mut say: impl FnMut(&str)) -> Result<()> {
     let dir = tempfile::tempdir().context("no directory for the private Postgres")?;
     let config = StackConfig { nats: Placement::Off, ..StackConfig::for_tests(dir.path()) };
     let nats_server = Tools::new(&config.tools_dir).nats()?;
@@ -47,18 +60,13 @@ pub async fn run(root: &Path, args: &[String]) -> Result<()> {
         command.env_remove(variable);
     }
     let mut child = command.spawn().context("cargo could not be started")?;
-    let mut totals = Totals::default();
     let output = child.stdout.take().expect("it is piped");
     for line in BufReader::new(output).split(b'\n') {
         let line = line.context("cargo's output broke off")?;
-        let line = String::from_utf8_lossy(&line);
-        println!("{line}");
-        totals.add(&line);
+        say(&String::from_utf8_lossy(&line));
     }
     let status = child.wait().context("cargo was lost")?;
     stack.stop().await;
-    let Totals { passed, failed, ignored } = totals;
-    println!("\n{passed} passed, {failed} failed, {ignored} ignored in {} s", begun.elapsed().as_secs());
     if !status.success() {
         bail!("cargo test ended with {status}");
     }

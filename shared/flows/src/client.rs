@@ -13,6 +13,7 @@ use temporalio_common::protos::temporal::api::{
     enums::v1::{PendingActivityState, PendingWorkflowTaskState, WorkflowExecutionStatus},
     workflowservice::v1::{
         DescribeNamespaceRequest, DescribeWorkflowExecutionRequest, DescribeWorkflowExecutionResponse,
+        RegisterNamespaceRequest,
     },
 };
 use tokio::sync::watch;
@@ -34,6 +35,9 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// comes sooner. The second more is for pings that are late on their way. A dead connection is found in 16 s.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(11);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long histories of runs that ended can be looked at, in a namespace that is made here.
+const NAMESPACE_RETENTION: Duration = Duration::from_secs(24 * 3600);
+const NAMESPACE_LOOK_INTERVAL: Duration = Duration::from_secs(10);
 const CONNECT_RETRY_MIN: Duration = Duration::from_millis(100);
 const CONNECT_RETRY_MAX: Duration = Duration::from_secs(2);
 
@@ -306,6 +310,58 @@ pub(crate) async fn connect_once(config: &FlowsConfig, identity: &str) -> Result
         .map_err(|error| FlowsError::Unavailable(chain(&error).to_string()))?;
     Client::new(connection, ClientOptions::new(config.namespace.clone()).build())
         .map_err(|error| FlowsError::Worker(chain(&error).to_string()))
+}
+
+/// The id of the namespace; None where there is no such namespace.
+async fn namespace_id(client: &Client, config: &FlowsConfig) -> Result<Option<String>, tonic::Status> {
+    let request = DescribeNamespaceRequest { namespace: config.namespace.clone(), ..Default::default() };
+    let mut request = tonic::Request::new(request);
+    request.set_timeout(config.rpc_timeout);
+    match client.connection().workflow_service().describe_namespace(request).await {
+        Ok(response) => Ok(response.into_inner().namespace_info.map(|info| info.id)),
+        Err(status) if status.code() == tonic::Code::NotFound => Ok(None),
+        Err(status) => Err(status),
+    }
+}
+
+/// Waits until the namespace is gone, or another one has its name: the polls of a worker would notice after a minute.
+pub(crate) async fn namespace_gone(client: &Client, config: &FlowsConfig) {
+    let mut known = None;
+    loop {
+        match namespace_id(client, config).await {
+            Ok(None) => return,
+            Ok(id) if known.is_some() && id != known => return,
+            Ok(id) => known = id,
+            // Temporal is away, or says nothing of it.
+            Err(_) => {}
+        }
+        tokio::time::sleep(NAMESPACE_LOOK_INTERVAL).await;
+    }
+}
+
+/// Makes the namespace where there is none: it was deleted, or the server is new. Nothing is lost with it: chats go on from
+/// Postgres, in new runs.
+pub(crate) async fn ensure_namespace(client: &Client, config: &FlowsConfig) {
+    // What else is wrong is said by whoever needs the namespace.
+    let Ok(None) = namespace_id(client, config).await else { return };
+    let namespace = config.namespace.clone();
+    let mut register = tonic::Request::new(RegisterNamespaceRequest {
+        namespace: namespace.clone(),
+        workflow_execution_retention_period: NAMESPACE_RETENTION.try_into().ok(),
+        ..Default::default()
+    });
+    register.set_timeout(config.rpc_timeout);
+    match client.connection().workflow_service().register_namespace(register).await {
+        Ok(_) => {
+            tracing::warn!(temporal.namespace = %namespace, "Temporal had no such namespace: it was made anew; chats go on in new runs")
+        }
+        Err(status) if status.code() == tonic::Code::AlreadyExists => {}
+        Err(status) => tracing::error!(
+            temporal.namespace = %namespace,
+            error = status.message(),
+            "Temporal has no such namespace, and it cannot be made from here: make it, or set flows.namespace to one that exists"
+        ),
+    }
 }
 
 /// `connect` of the SDK fails at once while the server is away, hence the loop.

@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     FlowsConfig, FlowsError,
     activities::Activities,
-    client::connect_until,
+    client::{connect_until, ensure_namespace, namespace_gone},
     driver::Driver,
     meter::Meter,
     trace,
@@ -56,9 +56,17 @@ pub async fn run_worker(
     let mut delay = RESTART_MIN;
     loop {
         let Some(client) = connect_until(&config, &identity, &drain).await else { return Ok(()) };
+        ensure_namespace(&client, &config).await;
         let options = chat_options(&config, driver.clone(), running.clone())?;
         let began = tokio::time::Instant::now();
-        let ended = poll(runtime.clone(), client, options, &drain, config.worker.drain, &running).await;
+        let stop = drain.child_token();
+        let (watched, watch_config, gone) = (client.clone(), config.clone(), stop.clone());
+        let watch = tokio::spawn(async move {
+            namespace_gone(&watched, &watch_config).await;
+            gone.cancel();
+        });
+        let ended = poll(runtime.clone(), client, options, &stop, config.worker.drain, &running).await;
+        watch.abort();
         match ended {
             _ if drain.is_cancelled() => return Ok(()),
             Ok(()) => tracing::warn!("the Temporal worker stopped by itself; starting another"),

@@ -23,6 +23,7 @@ use reliant_flows::{
 use reliant_telemetry::trace::TraceContext;
 use reliant_types::{ChatId, TurnId};
 use temporalio_client::{Client, ClientOptions, Connection, ConnectionOptions, Url, WorkflowHistory};
+use temporalio_common::protos::temporal::api::operatorservice::v1::DeleteNamespaceRequest;
 use temporalio_sdk::workflow_replayer::{WorkflowReplayer, WorkflowReplayerOptions};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -154,7 +155,9 @@ async fn rig_of(config: FlowsConfig, memory: Memory) -> Rig {
     let (worker_config, driver, token) = (config.clone(), memory.clone(), drain.clone());
     let worker = tokio::spawn(async move { run_worker(worker_config, driver, token).await.unwrap() });
     let flows = Flows::connect(&config).await.unwrap();
-    flows.ping().await.unwrap();
+    if config.namespace == FlowsConfig::default().namespace {
+        flows.ping().await.unwrap();
+    }
     let url = Url::from_str(&address).unwrap();
     let connection = Connection::connect(ConnectionOptions::new(url).build()).await.unwrap();
     let client = Client::new(connection, ClientOptions::new("default").build()).unwrap();
@@ -338,6 +341,30 @@ async fn a_poisoned_run_does_not_hold_its_chat() {
 }
 
 /// Wakes at any moment, bursts of any length that fail now and then, runs that are put out of the cache all the time.
+/// Temporal's caches of namespaces are refreshed every ten seconds.
+const NAMESPACE_PATIENCE: Duration = Duration::from_secs(120);
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_namespace_that_is_gone_is_made_anew_and_the_chat_goes_on() {
+    let namespace = format!("gone-{}", ChatId::new());
+    let rig = rig_of(FlowsConfig { namespace: namespace.clone(), ..Default::default() }, Memory::default()).await;
+    // As the relay does: it wakes again until somebody has looked.
+    let goes_on = async |turn: TurnId| {
+        let deadline = Instant::now() + NAMESPACE_PATIENCE;
+        while !rig.memory.ended.lock().unwrap().contains(&turn) {
+            assert!(Instant::now() < deadline, "the turn did not end");
+            let _ = rig.flows.wake(rig.chat, PARENT).await;
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
+    };
+    goes_on(rig.memory.add(false)).await;
+    let request = DeleteNamespaceRequest { namespace, ..Default::default() };
+    rig.client.connection().operator_service().delete_namespace(tonic::Request::new(request)).await.unwrap();
+    goes_on(rig.memory.add(false)).await;
+    rig.drain.cancel();
+    rig.worker.await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn histories_of_any_moments_replay() {
     let mut config = FlowsConfig { run_turns: 5, ..Default::default() };
