@@ -140,15 +140,15 @@ impl Confine {
         self.open_beneath(inside, OFlags::RDONLY | OFlags::DIRECTORY)
     }
 
-    /// The resolved path of something that exists, for walks that need a path.
+    /// The path inside the root, its links resolved, of something that exists.
     pub fn existing(&self, inside: &Path) -> Result<PathBuf, ConfineError> {
         if inside.as_os_str().is_empty() {
-            return Ok(self.path.clone());
+            return Ok(PathBuf::new());
         }
         // Opening tells "outside" from "not there", as canonicalising does not.
         let flags = if cfg!(target_os = "linux") { OFlags::PATH } else { OFlags::RDONLY };
         drop(self.open_beneath(inside, flags)?);
-        Ok(self.path.join(self.real(inside)?))
+        self.real(inside)
     }
 
     /// Where to write `inside`; missing directories are made. A link to a file inside is followed, so that it stays

@@ -1,7 +1,11 @@
 //! `grep`: ripgrep's own parts over the files of a root. Each file is opened beneath the root, so that a link swapped
 //! in meanwhile leads nowhere.
 
-use std::{fmt::Write, path::Path};
+use std::{
+    fmt::Write,
+    ops::ControlFlow,
+    path::{Path, PathBuf},
+};
 
 use grep_matcher::Matcher;
 use grep_regex::{RegexMatcher, RegexMatcherBuilder};
@@ -13,7 +17,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     ToolError,
-    list::{matcher as glob_matcher, walk},
+    list::{matcher as glob_matcher, too_large},
+    stoppable::Stoppable,
+    walk::walk,
 };
 use crate::roots::Root;
 
@@ -78,35 +84,41 @@ pub fn run(args: &Args, root: &Root, cancel: &CancellationToken) -> Result<Vec<u
         .build();
     let limit = args.limit.unwrap_or(MATCHES_DEFAULT).clamp(1, MATCHES_MAX);
     let mut found = Found { text: String::new(), matches: 0, limit, files_only: args.files_only, full: false };
-    for entry in walk(&top).flatten() {
-        if cancel.is_cancelled() {
-            return Err(ToolError::Cancelled);
+    // Answers whether enough was found.
+    let mut search = |inside: PathBuf| {
+        let below = inside.strip_prefix(&top).ok().filter(|below| !below.as_os_str().is_empty());
+        if glob.as_ref().is_some_and(|glob| !glob.is_match(below.unwrap_or(&inside))) {
+            return false;
         }
-        if found.full {
-            break;
-        }
-        // A root that is one file has itself as its only entry.
-        if entry.file_type().is_none_or(|t| !t.is_file()) {
-            continue;
-        }
-        let Ok(inside) = entry.path().strip_prefix(root.path()) else { continue };
-        let below = entry.path().strip_prefix(&top).unwrap_or(inside);
-        if glob.as_ref().is_some_and(|g| !g.is_match(if below.as_os_str().is_empty() { inside } else { below })) {
-            continue;
-        }
-        let Ok(file) = root.confine.open_file(inside) else { continue };
-        let sink = FileSink { found: &mut found, path: inside, matcher: &regex, cancel };
-        if let Err(error) = searcher.search_file(&regex, &file, sink) {
+        let Ok(file) = root.confine.open_file(&inside) else { return false };
+        let sink = FileSink { found: &mut found, path: &inside, matcher: &regex, cancel };
+        if let Err(error) = searcher.search_reader(&regex, Stoppable { file, cancel }, sink) {
             tracing::debug!(error = %chain(&error), "a file was not searched");
         }
+        found.full
+    };
+    let complete = if root.confine.open_dir(&top).is_ok() {
+        walk(root, &top, cancel, |file| {
+            if file.is_file && search(file.inside) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        })?
+    } else {
+        search(top.clone());
+        true
+    };
+    if cancel.is_cancelled() {
+        return Err(ToolError::Cancelled);
     }
     let Found { mut text, matches, full, .. } = found;
     if matches == 0 {
-        return Ok(format!("nothing matches {}", args.pattern).into_bytes());
+        let part = if complete { String::new() } else { format!("\n{}", too_large()) };
+        return Ok(format!("nothing matches {}{part}", args.pattern).into_bytes());
     }
     if full {
         let what = if args.files_only { "files" } else { "matches" };
         let _ = writeln!(text, "[only the first {matches} {what} are shown; give a narrower pattern, path or glob]");
+    }
+    if !complete {
+        let _ = writeln!(text, "{}", too_large());
     }
     Ok(text.into_bytes())
 }

@@ -1,14 +1,16 @@
 //! `list_dir` and `glob`: what there is, bounded.
 
-use std::{fmt::Write, os::unix::ffi::OsStrExt, path::Path, time::SystemTime};
+use std::{fmt::Write, ops::ControlFlow};
 
-use ignore::WalkBuilder;
 use reliant_types::{Code, Failure};
 use rustix::fs::{AtFlags, Dir, FileType};
 use serde::Deserialize;
 use tokio_util::sync::CancellationToken;
 
-use super::ToolError;
+use super::{
+    ToolError,
+    walk::{ENTRIES_MAX as WALK_ENTRIES_MAX, walk},
+};
 use crate::roots::Root;
 
 const ENTRIES_MAX: usize = 1000;
@@ -24,7 +26,7 @@ pub struct ListArgs {
     path: String,
 }
 
-pub fn list_dir(args: &ListArgs, root: &Root) -> Result<Vec<u8>, ToolError> {
+pub fn list_dir(args: &ListArgs, root: &Root, cancel: &CancellationToken) -> Result<Vec<u8>, ToolError> {
     let inside = root.confine.inside(&args.path)?;
     let failed = |e: rustix::io::Errno| ToolError::failed(format!("'{}' cannot be listed: {e}", args.path));
     let fd = root.confine.open_dir(&inside)?;
@@ -33,6 +35,9 @@ pub fn list_dir(args: &ListArgs, root: &Root) -> Result<Vec<u8>, ToolError> {
     let mut seen = 0;
     for entry in Dir::read_from(&fd).map_err(failed)? {
         let entry = entry.map_err(failed)?;
+        if cancel.is_cancelled() {
+            return Err(ToolError::Cancelled);
+        }
         let bytes = entry.file_name().to_bytes();
         if bytes == b"." || bytes == b".." {
             continue;
@@ -96,16 +101,6 @@ impl GlobArgs {
     }
 }
 
-/// A walk that follows no links, so that it stays inside, and leaves out what .gitignore names.
-pub fn walk(top: &Path) -> ignore::Walk {
-    WalkBuilder::new(top)
-        .hidden(false)
-        .follow_links(false)
-        .require_git(false)
-        .filter_entry(|entry| entry.file_name().as_bytes() != b".git")
-        .build()
-}
-
 pub fn glob(args: &GlobArgs, root: &Root, cancel: &CancellationToken) -> Result<Vec<u8>, ToolError> {
     let matcher = matcher(&args.pattern).map_err(|e| ToolError::failed(e.to_string()))?;
     let inside = root.confine.inside(&args.path)?;
@@ -113,26 +108,19 @@ pub fn glob(args: &GlobArgs, root: &Root, cancel: &CancellationToken) -> Result<
     let top = root.confine.existing(&inside)?;
     let mut found = Vec::new();
     let mut seen_all = true;
-    for entry in walk(&top).flatten() {
-        if cancel.is_cancelled() {
-            return Err(ToolError::Cancelled);
-        }
-        if entry.file_type().is_none_or(|t| t.is_dir()) {
-            continue;
-        }
-        let Ok(relative) = entry.path().strip_prefix(&top) else { continue };
-        if matcher.is_match(relative) {
+    let complete = walk(root, &top, cancel, |file| {
+        if file.inside.strip_prefix(&top).is_ok_and(|below| matcher.is_match(below)) {
             if found.len() >= GLOB_SEEN_MAX {
                 seen_all = false;
-                break;
+                return ControlFlow::Break(());
             }
-            let modified = entry.metadata().ok().and_then(|m| m.modified().ok()).unwrap_or(SystemTime::UNIX_EPOCH);
-            let shown = entry.path().strip_prefix(root.path()).unwrap_or(relative).to_owned();
-            found.push((modified, shown));
+            found.push((file.modified(), file.inside));
         }
-    }
+        ControlFlow::Continue(())
+    })?;
     if found.is_empty() {
-        return Ok(format!("no file fits {}", args.pattern).into_bytes());
+        let part = if complete { String::new() } else { format!("\n{}", too_large()) };
+        return Ok(format!("no file fits {}{part}", args.pattern).into_bytes());
     }
     found.sort_unstable_by(|a, b| b.0.cmp(&a.0).then_with(|| a.1.cmp(&b.1)));
     let mut text = String::new();
@@ -143,5 +131,13 @@ pub fn glob(args: &GlobArgs, root: &Root, cancel: &CancellationToken) -> Result<
         let least = if seen_all { "" } else { "at least " };
         let _ = writeln!(text, "[the {GLOB_MAX} newest of {least}{} files; give a narrower pattern]", found.len());
     }
+    if !complete {
+        let _ = writeln!(text, "{}", too_large());
+    }
     Ok(text.into_bytes())
+}
+
+/// For a walk that did not see the whole tree.
+pub fn too_large() -> String {
+    format!("[the tree has more than {WALK_ENTRIES_MAX} entries and was looked through in part; give a path in it]")
 }

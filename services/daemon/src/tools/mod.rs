@@ -6,9 +6,12 @@ mod grep;
 mod list;
 pub mod process;
 mod read;
+mod rules;
 pub mod sandbox;
 mod schema;
 mod shell;
+mod stoppable;
+mod walk;
 mod write;
 
 #[cfg(test)]
@@ -202,10 +205,10 @@ impl Toolbox {
             Prepared::Noop => Outcome::succeeded("ok"),
             Prepared::Shell(args) => shell::run(args, job, &self.sandbox).await,
             Prepared::Mcp(call) => self.mcp.call(call, job).await,
-            Prepared::ReadFile(args) => blocking(job, move |root, _| read::run(&args, root)).await,
+            Prepared::ReadFile(args) => blocking(job, move |root, cancel| read::run(&args, root, cancel)).await,
             Prepared::WriteFile(args) => blocking(job, move |root, cancel| write::run(&args, root, cancel)).await,
             Prepared::EditFile(args) => blocking(job, move |root, cancel| edit::run(&args, root, cancel)).await,
-            Prepared::ListDir(args) => blocking(job, move |root, _| list::list_dir(&args, root)).await,
+            Prepared::ListDir(args) => blocking(job, move |root, cancel| list::list_dir(&args, root, cancel)).await,
             Prepared::Glob(args) => blocking(job, move |root, cancel| list::glob(&args, root, cancel)).await,
             Prepared::Grep(args) => blocking(job, move |root, cancel| grep::run(&args, root, cancel)).await,
         }

@@ -7,8 +7,9 @@ use std::{
 
 use reliant_types::limits;
 use serde::Deserialize;
+use tokio_util::sync::CancellationToken;
 
-use super::ToolError;
+use super::{ToolError, stoppable::Stoppable};
 use crate::roots::Root;
 
 const LINES_DEFAULT: usize = 2000;
@@ -31,8 +32,11 @@ pub fn is_binary(bytes: &[u8]) -> bool {
     bytes.contains(&0)
 }
 
-pub fn run(args: &Args, root: &Root) -> Result<Vec<u8>, ToolError> {
-    let io = |e: std::io::Error| ToolError::failed(format!("'{}' cannot be read: {e}", args.path));
+pub fn run(args: &Args, root: &Root, cancel: &CancellationToken) -> Result<Vec<u8>, ToolError> {
+    let io = |e: std::io::Error| match cancel.is_cancelled() {
+        true => ToolError::Cancelled,
+        false => ToolError::failed(format!("'{}' cannot be read: {e}", args.path)),
+    };
     let file = root.confine.open_file(&root.confine.inside(&args.path)?)?;
     let size = file.metadata().map_err(io)?.len();
     let mut sniffed = Vec::new();
@@ -46,7 +50,7 @@ pub fn run(args: &Args, root: &Root) -> Result<Vec<u8>, ToolError> {
     if size == 0 {
         return Ok(b"(the file is empty)".to_vec());
     }
-    let mut reader = BufReader::new(std::io::Cursor::new(sniffed).chain(file));
+    let mut reader = BufReader::new(std::io::Cursor::new(sniffed).chain(Stoppable { file, cancel }));
     let first = args.offset.unwrap_or(1).max(1);
     let limit = args.limit.unwrap_or(LINES_DEFAULT).max(1);
     let mut text = String::new();

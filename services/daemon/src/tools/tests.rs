@@ -1,5 +1,7 @@
 //! The tools as calls meet them, in a real directory with real processes.
 
+mod hostile;
+
 use std::{
     os::unix::fs::symlink,
     path::PathBuf,
