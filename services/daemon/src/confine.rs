@@ -20,6 +20,11 @@ use rustix::{
 pub enum ConfineError {
     #[error("'{path}' is outside the root; only paths inside the root can be used")]
     Outside { path: String },
+    #[error(
+        "'{path}' begins as a shell's abbreviation does, and file tools expand none; give a path relative to the project \
+         root, or './{path}' for a file that is named so"
+    )]
+    Abbreviated { path: String },
     #[error("'{path}' does not exist")]
     NotFound { path: String },
     #[error("'{path}' is not a regular file")]
@@ -54,6 +59,13 @@ fn err(path: &Path, e: Errno) -> ConfineError {
     }
 }
 
+/// `~`, `~user`, `$HOME`, `${HOME}`: taken as they stand, they would make a directory that a later shell command means
+/// otherwise. A lower-case `$name` is none: some frameworks name files so.
+fn is_abbreviated(text: &str) -> bool {
+    let variable = |rest: &str| rest.starts_with(|c: char| matches!(c, '{' | '_' | 'A'..='Z'));
+    text.starts_with('~') || text.strip_prefix('$').is_some_and(variable)
+}
+
 impl Confine {
     /// `path` is canonicalised; a root that is replaced later is still the directory it was.
     pub fn new(path: &Path) -> io::Result<Self> {
@@ -72,6 +84,9 @@ impl Confine {
         let outside = || ConfineError::Outside { path: text.to_owned() };
         if text.contains('\0') {
             return Err(outside());
+        }
+        if is_abbreviated(text) {
+            return Err(ConfineError::Abbreviated { path: text.to_owned() });
         }
         let path = Path::new(text);
         let relative = if path.is_absolute() { path.strip_prefix(&self.path).map_err(|_| outside())? } else { path };
@@ -288,6 +303,18 @@ mod tests {
         assert!(matches!(read(&confine, "missing"), Err(ConfineError::NotFound { .. })));
         assert!(matches!(read(&confine, "dir"), Err(ConfineError::NotAFile { .. })));
         assert!(matches!(read(&confine, "a.txt/b"), Err(ConfineError::NotADirectory { .. })));
+    }
+
+    #[test]
+    fn a_shells_abbreviations_are_refused() {
+        let (_dir, confine) = fixture();
+        for path in ["~", "~/x", "~me/x", "~+/x", "$HOME/x", "${HOME}/x", "$_X", "$PWD"] {
+            let got = confine.inside(path);
+            assert!(matches!(got, Err(ConfineError::Abbreviated { .. })), "{path}: {got:?}");
+        }
+        for (path, inside) in [("./~x", "~x"), ("a/~/b", "a/~/b"), ("$id.tsx", "$id.tsx"), ("./$HOME", "$HOME")] {
+            assert_eq!(confine.inside(path).unwrap(), Path::new(inside));
+        }
     }
 
     #[test]

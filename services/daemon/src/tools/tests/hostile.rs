@@ -2,7 +2,7 @@
 
 use std::{fs::File, os::unix::fs::symlink, path::Path, time::Duration};
 
-use reliant_types::pb;
+use reliant_types::{Code, pb};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
@@ -183,4 +183,29 @@ async fn what_a_root_declares_of_itself_is_read_within_limits() {
         assert!(root.declaration().agents_md.len() <= 32 * 1024, "{kind}");
         assert!(crate::mcp::trust::pending_trust(&fixture.dir.path().join("state"), root.path()).is_err(), "{kind}");
     }
+}
+
+#[tokio::test]
+async fn a_path_with_a_shells_abbreviation_is_refused_by_all_file_tools() {
+    let fixture = Fixture::new();
+    for path in ["~/.config/foo", "~root/x", "$HOME/x", "${HOME}/x"] {
+        for (tool, input) in [
+            ("read_file", json!({"path": path})),
+            ("write_file", json!({"path": path, "content": "x"})),
+            ("edit_file", json!({"path": path, "old_string": "a", "new_string": "b"})),
+            ("list_dir", json!({"path": path})),
+            ("glob", json!({"pattern": "*", "path": path})),
+            ("grep", json!({"pattern": "x", "path": path})),
+        ] {
+            let error = fixture.error(tool, input, Code::ToolFailed).await;
+            assert!(
+                error.contains("relative to the project root") && error.contains(&format!("'./{path}'")),
+                "{error}"
+            );
+        }
+    }
+    let mut names: Vec<_> = std::fs::read_dir(fixture.path("")).unwrap().map(|e| e.unwrap().file_name()).collect();
+    names.sort_unstable();
+    assert_eq!(names, [".gitignore", "binary", "link", "src", "target"]);
+    assert!(fixture.text("write_file", json!({"path": "./~x", "content": "x"})).await.starts_with("created ~x"));
 }
