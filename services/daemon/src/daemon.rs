@@ -53,6 +53,7 @@ pub async fn build(config: DaemonConfig) -> Result<Built, DaemonError> {
     let mcp = Mcp::new(config.mcp, roots.clone(), dir.clone());
     let toolbox = Arc::new(Toolbox {
         mcp: mcp.clone(),
+        files: Arc::default(),
         sandbox: Sandbox::probe(config.landlock, &config.landlock_read, &config.landlock_write),
         bench_tools: config.bench_tools,
     });

@@ -25,8 +25,12 @@ impl Daemon {
 
     async fn calls(fixture: &Fixture) -> Arc<Calls> {
         let state = fixture.dir.path().join("state");
-        let toolbox =
-            Toolbox { mcp: fixture.toolbox.mcp.clone(), sandbox: fixture.toolbox.sandbox.clone(), bench_tools: true };
+        let toolbox = Toolbox {
+            mcp: fixture.toolbox.mcp.clone(),
+            files: Arc::default(),
+            sandbox: fixture.toolbox.sandbox.clone(),
+            bench_tools: true,
+        };
         let calls = Calls::new(Parts {
             journal: Arc::new(Journal::open(&state, 1 << 24).unwrap()),
             outputs: fixture.outputs.clone(),

@@ -6,7 +6,12 @@ use reliant_types::{Code, Failure};
 use serde::Deserialize;
 use tokio_util::sync::CancellationToken;
 
-use super::{ToolError, read::is_binary, write::replace};
+use super::{
+    ToolError,
+    files::{ChatFiles, FileKey, Stamp},
+    read::is_binary,
+    write::replace,
+};
 use crate::roots::Root;
 
 const FILE_MAX_BYTES: u64 = 16 * 1024 * 1024;
@@ -36,13 +41,18 @@ impl Args {
     }
 }
 
-pub fn run(args: &Args, root: &Root, cancel: &CancellationToken) -> Result<Vec<u8>, ToolError> {
+pub fn run(args: &Args, root: &Root, files: &ChatFiles, cancel: &CancellationToken) -> Result<Vec<u8>, ToolError> {
     let inside = root.confine.inside(&args.path)?;
+    // Before a place is made for it: a file that is not there gets no directories.
+    drop(root.confine.open_file(&inside)?);
+    let place = root.confine.place(&inside)?;
+    let key = FileKey::of(&place)?;
+    let _held = files.hold(&key, cancel)?;
     let file = root.confine.open_file(&inside)?;
+    let unreadable = |e: std::io::Error| ToolError::failed(format!("'{}' cannot be read: {e}", args.path));
+    let before = Stamp::of_file(&file).map_err(unreadable)?;
     let mut content = Vec::new();
-    file.take(FILE_MAX_BYTES + 1)
-        .read_to_end(&mut content)
-        .map_err(|e| ToolError::failed(format!("'{}' cannot be read: {e}", args.path)))?;
+    file.take(FILE_MAX_BYTES + 1).read_to_end(&mut content).map_err(unreadable)?;
     if content.len() as u64 > FILE_MAX_BYTES {
         return Err(ToolError::failed(format!("'{}' is larger than 16 MiB; edit it with a shell command", args.path)));
     }
@@ -69,7 +79,11 @@ pub fn run(args: &Args, root: &Root, cancel: &CancellationToken) -> Result<Vec<u
         }
     }
     let edited = text.replace(&args.old_string, &args.new_string);
-    replace(root, &inside, edited.as_bytes(), cancel)?;
+    let (_, after) = replace(&place, &inside, edited.as_bytes(), cancel)?;
+    // What others changed elsewhere in the file stays unseen.
+    if files.last(&key) == Some(before) {
+        files.record(key, after);
+    }
     let count = places.len();
     let first = lines[0];
     Ok(match count {

@@ -2,6 +2,7 @@
 //! before a record is written) and run later.
 
 mod edit;
+pub mod files;
 mod grep;
 mod list;
 pub mod process;
@@ -30,6 +31,7 @@ use crate::{
     output::{Block, CallOutput, Gather, HeadTail, LiveHub},
     roots::Root,
 };
+use files::Files;
 use sandbox::Sandbox;
 
 /// How a call came to its end.
@@ -146,6 +148,7 @@ pub enum Prepared {
 
 pub struct Toolbox {
     pub mcp: Arc<Mcp>,
+    pub files: Arc<Files>,
     pub sandbox: Sandbox,
     pub bench_tools: bool,
 }
@@ -201,13 +204,16 @@ impl Toolbox {
     }
 
     pub async fn run(&self, prepared: Prepared, job: Job) -> Outcome {
+        let files = self.files.of_chat(&job.output.chat_id);
         match prepared {
             Prepared::Noop => Outcome::succeeded("ok"),
             Prepared::Shell(args) => shell::run(args, job, &self.sandbox).await,
             Prepared::Mcp(call) => self.mcp.call(call, job).await,
-            Prepared::ReadFile(args) => blocking(job, move |root, cancel| read::run(&args, root, cancel)).await,
-            Prepared::WriteFile(args) => blocking(job, move |root, cancel| write::run(&args, root, cancel)).await,
-            Prepared::EditFile(args) => blocking(job, move |root, cancel| edit::run(&args, root, cancel)).await,
+            Prepared::ReadFile(args) => blocking(job, move |root, cancel| read::run(&args, root, &files, cancel)).await,
+            Prepared::WriteFile(args) => {
+                blocking(job, move |root, cancel| write::run(&args, root, &files, cancel)).await
+            }
+            Prepared::EditFile(args) => blocking(job, move |root, cancel| edit::run(&args, root, &files, cancel)).await,
             Prepared::ListDir(args) => blocking(job, move |root, cancel| list::list_dir(&args, root, cancel)).await,
             Prepared::Glob(args) => blocking(job, move |root, cancel| list::glob(&args, root, cancel)).await,
             Prepared::Grep(args) => blocking(job, move |root, cancel| grep::run(&args, root, cancel)).await,

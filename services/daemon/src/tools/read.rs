@@ -9,7 +9,11 @@ use reliant_types::limits;
 use serde::Deserialize;
 use tokio_util::sync::CancellationToken;
 
-use super::{ToolError, stoppable::Stoppable};
+use super::{
+    ToolError,
+    files::{ChatFiles, FileKey, Stamp},
+    stoppable::Stoppable,
+};
 use crate::roots::Root;
 
 const LINES_DEFAULT: usize = 2000;
@@ -32,12 +36,15 @@ pub fn is_binary(bytes: &[u8]) -> bool {
     bytes.contains(&0)
 }
 
-pub fn run(args: &Args, root: &Root, cancel: &CancellationToken) -> Result<Vec<u8>, ToolError> {
+pub fn run(args: &Args, root: &Root, files: &ChatFiles, cancel: &CancellationToken) -> Result<Vec<u8>, ToolError> {
     let io = |e: std::io::Error| match cancel.is_cancelled() {
         true => ToolError::Cancelled,
         false => ToolError::failed(format!("'{}' cannot be read: {e}", args.path)),
     };
-    let file = root.confine.open_file(&root.confine.inside(&args.path)?)?;
+    let inside = root.confine.inside(&args.path)?;
+    let file = root.confine.open_file(&inside)?;
+    // From before the first byte: what is written meanwhile counts as unseen.
+    let stamp = Stamp::of_file(&file).map_err(io)?;
     let size = file.metadata().map_err(io)?.len();
     let mut sniffed = Vec::new();
     (&file).take(SNIFF_BYTES).read_to_end(&mut sniffed).map_err(io)?;
@@ -47,6 +54,7 @@ pub fn run(args: &Args, root: &Root, cancel: &CancellationToken) -> Result<Vec<u
             args.path
         )));
     }
+    files.record(FileKey::existing(root, &inside)?, stamp);
     if size == 0 {
         return Ok(b"(the file is empty)".to_vec());
     }

@@ -1,6 +1,7 @@
 //! The tools as calls meet them, in a real directory with real processes.
 
 mod hostile;
+mod together;
 
 use std::{
     os::unix::fs::symlink,
@@ -49,6 +50,7 @@ impl Fixture {
         let state = dir.path().join("state");
         let toolbox = Toolbox {
             mcp: Mcp::new(true, roots.clone(), state.clone()),
+            files: Arc::default(),
             sandbox: Sandbox::probe(false, &[], &[]),
             bench_tools: true,
         };
@@ -75,6 +77,14 @@ impl Fixture {
             traceparent: "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01".into(),
             running_dir: self.dir.path().join("state/running"),
         }
+    }
+
+    /// The same, for a call of another chat than the usual one.
+    pub async fn run_in(&self, chat: &str, tool: &str, input: Value) -> Outcome {
+        let job = self.job(Duration::from_secs(20), &CancellationToken::new());
+        let job = Job { output: self.outputs.begin(ToolCallId::new(), 1, chat, "user", ""), ..job };
+        let prepared = self.toolbox.prepare(&job.root, tool, &input.to_string()).unwrap();
+        self.toolbox.run(prepared, job).await
     }
 
     pub async fn run(&self, tool: &str, input: Value) -> Outcome {
