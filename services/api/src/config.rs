@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, time::Duration};
 
-use reliant_middleware::RateLimitConfig;
+use reliant_middleware::{AttemptLimits, RateLimitConfig};
 use serde::{Deserialize, Serialize};
 
 /// The api role.
@@ -41,6 +41,8 @@ pub struct ApiLimits {
     pub concurrent_calls: usize,
     /// Open update streams of all users.
     pub streams: usize,
+    /// Open streams without a token (gRPC reflection, health watches), which take no place of the others.
+    pub public_streams: usize,
     /// Open update streams of one user.
     pub user_streams: usize,
     /// A call's time, update streams excepted.
@@ -48,6 +50,8 @@ pub struct ApiLimits {
     pub call_timeout: Duration,
     /// Calls of one principal: lasting, and at once after a pause.
     pub rate: RateLimitConfig,
+    /// Unknown tokens and sign-in codes from one address.
+    pub attempts: AttemptLimits,
     /// Live text kept in memory for viewers that join late, all chats together, in bytes.
     pub live_text_bytes: usize,
     /// Wakes, hints and cancels on their way, after their answer was given.
@@ -65,9 +69,11 @@ impl Default for ApiLimits {
         Self {
             concurrent_calls: 1024,
             streams: 10_000,
+            public_streams: reliant_middleware::PUBLIC_STREAMS_MAX,
             user_streams: reliant_types::limits::USER_STREAMS_MAX,
             call_timeout: Duration::from_secs(15),
             rate: RateLimitConfig::default(),
+            attempts: AttemptLimits::default(),
             live_text_bytes: 256 * 1024 * 1024,
             background_tasks: 1024,
             turn_deadline: reliant_types::limits::TURN_DEADLINE,

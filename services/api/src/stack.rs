@@ -30,10 +30,12 @@ pub fn front(config: &ApiConfig, authenticator: Arc<dyn Authenticator>, services
         trust_sampled: false,
         max_unary: config.limits.concurrent_calls,
         max_streams: config.limits.streams,
+        max_public_streams: config.limits.public_streams,
         unary_timeout: config.limits.call_timeout,
         // A sign-in code is its own secret.
         public: PublicMethods::platform().with("reliant.v1.IdentityService/ExchangeLoginCode"),
         rate_limit: config.limits.rate.clone(),
+        attempts: config.limits.attempts.clone(),
         ..StackConfig::new(authenticator)
     };
     let grpc = ServiceBuilder::new()

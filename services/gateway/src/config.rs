@@ -1,5 +1,6 @@
 //! What an operator may set of the gateway role. Everything has a default that serves a laptop.
 
+use reliant_middleware::{AttemptLimits, PUBLIC_STREAMS_MAX};
 use reliant_types::limits;
 use serde::{Deserialize, Serialize};
 use std::{net::SocketAddr, time::Duration};
@@ -14,6 +15,10 @@ pub struct GatewayConfig {
     pub admin: SocketAddr,
     /// Daemon streams held at one time; past it a daemon is told to try elsewhere.
     pub max_daemons: usize,
+    /// Open streams without a token (gRPC reflection, health watches), which take no daemon's place.
+    pub public_streams: usize,
+    /// Unknown tokens from one address.
+    pub attempts: AttemptLimits,
     /// Daemons let in at one time. Each costs a transaction, so a reconnect storm queues here and not in Postgres.
     pub admissions: usize,
     /// After a drain began, daemons have so long to open their next stream elsewhere.
@@ -27,6 +32,8 @@ impl Default for GatewayConfig {
             listen: SocketAddr::from(([127, 0, 0, 1], 7442)),
             admin: SocketAddr::from(([127, 0, 0, 1], 7443)),
             max_daemons: limits::GATEWAY_DAEMONS_MAX,
+            public_streams: PUBLIC_STREAMS_MAX,
+            attempts: AttemptLimits::default(),
             admissions: 32,
             drain: Duration::from_secs(15),
         }

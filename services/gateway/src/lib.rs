@@ -12,6 +12,7 @@ mod pending;
 mod revocations;
 mod session;
 mod stack;
+mod streams;
 mod tunnel;
 mod writer;
 
@@ -127,6 +128,7 @@ impl Role for Gateway {
                 hub: hub.clone(),
                 drain: drain.clone(),
                 places: places.clone(),
+                streams: streams::Streams::new(),
                 admissions: sampled::places("admissions", config.admissions.max(1)),
             };
             let tunnel = TunnelServiceServer::new(tunnel).max_decoding_message_size(limits::GRPC_MESSAGE_MAX_BYTES);

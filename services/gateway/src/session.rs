@@ -18,6 +18,7 @@ use crate::{
     bridge::{self, Allowance, Declarer, Results},
     hub::{End, Hub, Seat},
     pending::{Asker, Kind, Pending},
+    streams::Open,
     writer::Writer,
 };
 
@@ -37,8 +38,13 @@ pub(crate) struct Session {
     pub inbound: Streaming<pb::ConnectRequest>,
     pub writer: Writer,
     pub drain: Drain,
-    /// The place among the gateway's streams.
-    pub place: OwnedSemaphorePermit,
+    pub place: Place,
+}
+
+/// The place among the gateway's streams, and among the daemon's.
+pub(crate) struct Place {
+    pub _of_gateway: OwnedSemaphorePermit,
+    pub _of_daemon: Open,
 }
 
 /// What the loop keeps.
@@ -54,7 +60,7 @@ struct Routes {
 }
 
 impl Session {
-    fn split(self) -> (Routes, Streaming<pb::ConnectRequest>, OwnedSemaphorePermit, CancellationToken) {
+    fn split(self) -> (Routes, Streaming<pb::ConnectRequest>, Place, CancellationToken) {
         let gone = CancellationToken::new();
         let Session { hub, seat, inbound, writer, drain, place } = self;
         let results = Results::new(hub.clone(), seat.daemon, writer.clone(), drain.clone(), gone.clone());

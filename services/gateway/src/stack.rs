@@ -24,6 +24,8 @@ pub(crate) fn server(
         // Daemons are on other people's machines: what they ask to be sampled does not decide for us.
         trust_sampled: false,
         max_streams: config.max_daemons,
+        max_public_streams: config.public_streams,
+        attempts: config.attempts.clone(),
         // Health and reflection are all that is open without a token.
         public: PublicMethods::platform(),
         rate_limit: RateLimitConfig::default(),

@@ -17,7 +17,8 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::{
     bridge,
     hub::{Hub, Seat},
-    session::{Requests, Session},
+    session::{Place, Requests, Session},
+    streams::{DAEMON_STREAMS_MAX, Streams},
     writer::{Outgoing, Writer},
 };
 
@@ -31,6 +32,7 @@ pub(crate) struct Tunnel {
     pub hub: Arc<Hub>,
     pub drain: Drain,
     pub places: Arc<Semaphore>,
+    pub streams: Arc<Streams>,
     pub admissions: Arc<Semaphore>,
 }
 
@@ -62,11 +64,17 @@ impl Tunnel {
         mut inbound: Streaming<pb::ConnectRequest>,
     ) -> Result<Outgoing, Failure> {
         self.check_open()?;
+        let own = self.streams.enter(daemon).ok_or_else(|| {
+            let message =
+                format!("this daemon has {DAEMON_STREAMS_MAX} streams open here; it needs one. Close the others");
+            Failure::new(Code::QueueFull, message).retry_after(COME_BACK)
+        })?;
         let place = self.places.clone().try_acquire_owned().map_err(|_| {
             sampled::refused("daemons");
             Failure::new(Code::QueueFull, "this gateway holds as many daemons as it may; try again")
                 .retry_after(COME_BACK)
         })?;
+        let place = Place { _of_gateway: place, _of_daemon: own };
         let hello = hello(&mut inbound).await?;
         let incarnation: Incarnation = hello
             .incarnation

@@ -16,13 +16,14 @@ use futures::future::BoxFuture;
 use http::{HeaderMap, Request, Response, header::AUTHORIZATION};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use reliant_telemetry::metrics::RPC_REFUSED;
-use reliant_types::{Code, Failure};
+use reliant_types::{Code, Failure, code::Class};
 use tonic::{Status, body::Body};
 use tower::{Layer, Service};
 use tracing::Span;
 
 use crate::{
     access_log::Caller,
+    attempts::{Attempt, AttemptLimits, Attempts},
     methods::{self, Method},
     principal::{Principal, missing},
     reply,
@@ -35,6 +36,11 @@ pub const BEARER_MAX_BYTES: usize = 4096;
 #[async_trait]
 pub trait Authenticator: Send + Sync + 'static {
     async fn authenticate(&self, bearer: &str) -> Result<Principal, Failure>;
+
+    /// Whether the token was good of late. Its holder does not pay for what others try from the same address.
+    fn is_known(&self, _bearer: &str) -> bool {
+        false
+    }
 
     /// Ends when the principal's token is revoked. The default is for tokens that cannot be.
     fn revoked(&self, _principal: &Principal) -> BoxFuture<'static, ()> {
@@ -66,7 +72,7 @@ impl PublicMethods {
         self
     }
 
-    fn contains(&self, method: Method) -> bool {
+    pub(crate) fn contains(&self, method: Method) -> bool {
         self.0.contains(method.name)
     }
 }
@@ -75,11 +81,12 @@ impl PublicMethods {
 pub struct AuthLayer {
     authenticator: Arc<dyn Authenticator>,
     public: Arc<PublicMethods>,
+    attempts: Attempts,
 }
 
 impl AuthLayer {
-    pub fn new(authenticator: Arc<dyn Authenticator>, public: PublicMethods) -> Self {
-        Self { authenticator, public: Arc::new(public) }
+    pub fn new(authenticator: Arc<dyn Authenticator>, public: Arc<PublicMethods>, limits: &AttemptLimits) -> Self {
+        Self { authenticator, public, attempts: Attempts::new(limits) }
     }
 }
 
@@ -117,16 +124,38 @@ where
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
         let method = methods::of_path(request.uri().path());
         if self.layer.public.contains(method) {
+            // A sign-in proves who calls by what it carries, so it is an attempt as an unknown token is.
+            let attempt = match (!method.streaming && !method.is_probe()).then(|| self.layer.attempts.begin(&request)) {
+                Some(Err(failure)) => return Box::pin(std::future::ready(Ok(reply::refuse(&failure)))),
+                attempt => attempt.and_then(Result::ok),
+            };
             let call = self.inner.call(request);
-            return Box::pin(async move { Ok(call.await?.map(Body::new)) });
+            return Box::pin(async move {
+                let response = call.await?;
+                if let Some(attempt) = attempt
+                    && reply::code(response.headers()).is_some_and(is_callers_fault)
+                {
+                    attempt.failed();
+                }
+                Ok(response.map(Body::new))
+            });
         }
         let clone = self.inner.clone();
         let mut inner = std::mem::replace(&mut self.inner, clone);
         let authenticator = self.layer.authenticator.clone();
+        let attempt = match bearer(request.headers()) {
+            Ok(bearer) if !authenticator.is_known(bearer) => self.layer.attempts.begin(&request).map(Some),
+            _ => Ok(None),
+        };
         Box::pin(async move {
-            let principal = match bearer(request.headers()) {
-                Ok(bearer) => authenticator.authenticate(bearer).await,
-                Err(failure) => Err(failure),
+            let principal = match (attempt, bearer(request.headers())) {
+                (Ok(attempt), Ok(bearer)) => {
+                    let answer = authenticator.authenticate(bearer).await;
+                    let failed = |failure: &Failure| failure.code.class() == Class::Unauthenticated;
+                    attempt.filter(|_| answer.as_ref().is_err_and(failed)).iter().for_each(Attempt::failed);
+                    answer
+                }
+                (Err(failure), _) | (_, Err(failure)) => Err(failure),
             };
             let principal = match principal {
                 Ok(principal) => principal,
@@ -148,6 +177,12 @@ where
             })
         })
     }
+}
+
+/// Whether a sign-in failed by what it carried, and not by the server's state.
+fn is_callers_fault(code: tonic::Code) -> bool {
+    use tonic::Code;
+    matches!(code, Code::InvalidArgument | Code::NotFound | Code::Unauthenticated | Code::PermissionDenied)
 }
 
 fn bearer(headers: &HeaderMap) -> Result<&str, Failure> {
@@ -214,7 +249,10 @@ impl HttpBody for WhileValid {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::{
+        sync::atomic::{AtomicUsize, Ordering::SeqCst},
+        time::Duration,
+    };
 
     use http_body_util::BodyExt as _;
     use reliant_types::UserId;
@@ -227,15 +265,21 @@ mod tests {
     struct One {
         principal: Principal,
         revoked: CancellationToken,
+        asked: AtomicUsize,
     }
 
     #[async_trait]
     impl Authenticator for One {
         async fn authenticate(&self, bearer: &str) -> Result<Principal, Failure> {
+            self.asked.fetch_add(1, SeqCst);
             if bearer == "good" {
                 return Ok(self.principal.clone());
             }
             Err(Failure::new(Code::TokenInvalid, "no"))
+        }
+
+        fn is_known(&self, bearer: &str) -> bool {
+            bearer == "good"
         }
 
         fn revoked(&self, _: &Principal) -> BoxFuture<'static, ()> {
@@ -245,12 +289,13 @@ mod tests {
 
     fn one(expires_at: Option<SystemTime>) -> Arc<One> {
         let principal = Principal { user: UserId::new(), kind: PrincipalKind::Person, expires_at };
-        Arc::new(One { principal, revoked: CancellationToken::new() })
+        Arc::new(One { principal, revoked: CancellationToken::new(), asked: AtomicUsize::new(0) })
     }
 
     fn spawn(one: &Arc<One>) -> (mock::Spawn<Auth<Mock>>, Handle) {
         let public = PublicMethods::platform().with("reliant.v1.IdentityService/ExchangeLoginCode");
-        let layer = AuthLayer::new(one.clone(), public);
+        let layer =
+            AuthLayer::new(one.clone(), Arc::new(public), &AttemptLimits { failure_burst: 20, ..Default::default() });
         mock::spawn_with(move |inner| layer.layer(inner))
     }
 
@@ -274,6 +319,49 @@ mod tests {
         for value in ["good", "Bearer", "Bearer ", "Basic good", "Bearer good bad", "Bearer other", &long] {
             check(with_header(UNARY, value), Code::TokenInvalid).await;
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn failures_are_refused_before_they_are_looked_up_and_good_tokens_are_not() {
+        let one = one(None);
+        let (mut service, mut handle) = spawn(&one);
+        let mut codes = Vec::new();
+        for _ in 0..30 {
+            assert!(service.poll_ready().is_ready());
+            codes.push(failure(&service.call(with_header(UNARY, "Bearer other")).await.unwrap()).code);
+        }
+        let looked_up = codes.iter().filter(|code| **code == Code::TokenInvalid).count();
+        assert_eq!((looked_up, one.asked.load(SeqCst)), (20, 20), "{codes:?}");
+        assert!(codes[20..].iter().all(|code| *code == Code::RateLimited));
+        // The address has used up its failures; the holder of a token that was good of late is let in.
+        assert!(service.poll_ready().is_ready());
+        let call = tokio::spawn(service.call(with_header(UNARY, "Bearer good")));
+        handle.next_request().await.expect("a known token").1.send_response(ok());
+        assert_eq!(status(call.await.unwrap().unwrap()).await, tonic::Code::Ok);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn sign_ins_that_fail_are_charged_and_those_that_do_not_are_not() {
+        let one = one(None);
+        let (mut service, mut handle) = spawn(&one);
+        let mut sign_in = async |answer: Response<Body>| {
+            assert!(service.poll_ready().is_ready());
+            let call = tokio::spawn(service.call(request("/reliant.v1.IdentityService/ExchangeLoginCode")));
+            tokio::select! {
+                Some((_, reply)) = handle.next_request() => reply.send_response(answer),
+                () = tokio::time::sleep(Duration::from_millis(1)) => {}
+            }
+            status(call.await.unwrap().unwrap()).await
+        };
+        for _ in 0..50 {
+            assert_eq!(sign_in(ok()).await, tonic::Code::Ok);
+            let away = Status::unavailable("the database is away").into_http();
+            assert_eq!(sign_in(away).await, tonic::Code::Unavailable);
+        }
+        for _ in 0..20 {
+            assert_eq!(sign_in(Status::not_found("no such code").into_http()).await, tonic::Code::NotFound);
+        }
+        assert_eq!(sign_in(ok()).await, tonic::Code::ResourceExhausted);
     }
 
     #[tokio::test]

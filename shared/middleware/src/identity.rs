@@ -2,10 +2,11 @@
 //!
 //! An answer is remembered at most a second ([`TOKEN_CACHE_TTL`]), so a token revoked through any replica is void
 //! within a second even where the hint was lost; [`StoreAuthenticator::revoke`] makes it immediate. Concurrent
-//! questions about one token are one question to the store. Nothing here grows without a bound.
+//! questions about one token are one question to the store. Nothing here grows without a bound, and what was refused has
+//! a small memory of its own: made-up tokens drop no good ones.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     path::PathBuf,
     sync::{Arc, Weak},
     time::{Duration, SystemTime},
@@ -33,7 +34,10 @@ use crate::{
 pub const TOKEN_CACHE_TTL: Duration = Duration::from_millis(900);
 /// How long a JWT's subject is believed to be the same user. JWTs cannot be revoked; users can be removed.
 const SUBJECT_CACHE_TTL: Duration = Duration::from_secs(30);
+/// How long a token that was good counts as known. It is asked about anew meanwhile.
+const KNOWN_FOR: Duration = Duration::from_secs(600);
 const CACHE_MAX: usize = 16_384;
+const REFUSED_MAX: usize = 4096;
 /// Different tokens asked about at one time; past it the caller is told to come back.
 const IN_FLIGHT_MAX: usize = 1024;
 /// How often the store is asked for revocations that streams must learn of.
@@ -130,16 +134,44 @@ type Answer = Result<Principal, Failure>;
 struct Inner {
     source: Arc<dyn TokenSource>,
     jwt: Jwt,
-    cache: Mutex<HashMap<Key, Cached>>,
+    cache: Mutex<HashMap<Key, Good>>,
+    refused: Mutex<Refused>,
     in_flight: Mutex<HashMap<Key, Shared<BoxFuture<'static, Answer>>>>,
     streams: Mutex<HashMap<TokenId, Weak<CancellationToken>>>,
     /// Revoked a moment ago: an answer that was on its way must not be believed.
     revoked: Mutex<HashMap<TokenId, Instant>>,
 }
 
-struct Cached {
-    answer: Answer,
+/// A token that was good: believed until a moment, known for longer.
+struct Good {
+    principal: Principal,
     until: Instant,
+    known_until: Instant,
+}
+
+/// Tokens that were refused a moment ago. All are remembered for the same time, so the oldest is the first to go.
+#[derive(Default)]
+struct Refused {
+    failures: HashMap<Key, (Failure, Instant)>,
+    oldest_first: VecDeque<Key>,
+}
+
+impl Refused {
+    fn get(&self, key: &Key, now: Instant) -> Option<Failure> {
+        let (failure, until) = self.failures.get(key)?;
+        (now < *until).then(|| failure.clone())
+    }
+
+    fn keep(&mut self, key: Key, failure: Failure, until: Instant) {
+        if self.failures.insert(key, (failure, until)).is_none() {
+            self.oldest_first.push_back(key);
+        }
+        if self.oldest_first.len() > REFUSED_MAX
+            && let Some(oldest) = self.oldest_first.pop_front()
+        {
+            self.failures.remove(&oldest);
+        }
+    }
 }
 
 impl StoreAuthenticator {
@@ -152,6 +184,7 @@ impl StoreAuthenticator {
             source,
             jwt,
             cache: Mutex::default(),
+            refused: Mutex::default(),
             in_flight: Mutex::default(),
             streams: Mutex::default(),
             revoked: Mutex::default(),
@@ -198,6 +231,11 @@ impl Authenticator for StoreAuthenticator {
         answer.await
     }
 
+    fn is_known(&self, bearer: &str) -> bool {
+        let key: Key = Sha256::digest(bearer.as_bytes()).into();
+        self.0.cache.lock().get(&key).is_some_and(|good| Instant::now() < good.known_until)
+    }
+
     fn revoked(&self, principal: &Principal) -> BoxFuture<'static, ()> {
         let Some(token) = principal.token() else { return Box::pin(std::future::pending()) };
         let watch = self.0.watch(token);
@@ -207,9 +245,11 @@ impl Authenticator for StoreAuthenticator {
 
 impl Inner {
     fn cached(&self, key: &Key) -> Option<Answer> {
-        let cache = self.cache.lock();
-        let cached = cache.get(key).filter(|cached| Instant::now() < cached.until)?;
-        Some(cached.answer.clone())
+        let now = Instant::now();
+        if let Some(good) = self.cache.lock().get(key).filter(|good| now < good.until) {
+            return Some(Ok(good.principal.clone()));
+        }
+        self.refused.lock().get(key, now).map(Err)
     }
 
     /// The question under way for this token, or a new one. It runs to its end even if all who asked leave, so that a
@@ -269,30 +309,30 @@ impl Inner {
     /// Remembers an answer about the token, but not a failure of the store.
     fn keep(&self, key: Key, answer: &Answer) {
         let now = Instant::now();
-        let ttl = match answer {
-            Ok(Principal { kind: PrincipalKind::Person, expires_at, .. }) => {
-                let left = expires_at.map(|at| at.duration_since(SystemTime::now()).unwrap_or_default());
-                left.unwrap_or(SUBJECT_CACHE_TTL).min(SUBJECT_CACHE_TTL)
+        let principal = match answer {
+            Ok(principal) => principal.clone(),
+            Err(failure) => {
+                if failure.code.class() == Class::Unauthenticated {
+                    self.cache.lock().remove(&key);
+                    self.refused.lock().keep(key, failure.clone(), now + TOKEN_CACHE_TTL);
+                }
+                return;
             }
-            Ok(_) => TOKEN_CACHE_TTL,
-            Err(failure) if failure.code.class() == Class::Unauthenticated => TOKEN_CACHE_TTL,
-            Err(_) => return,
         };
+        let left = |most: Duration| match principal.expires_at {
+            Some(at) => at.duration_since(SystemTime::now()).unwrap_or_default().min(most),
+            None => most,
+        };
+        let ttl = if principal.kind == PrincipalKind::Person { left(SUBJECT_CACHE_TTL) } else { TOKEN_CACHE_TTL };
+        let (until, known_until) = (now + ttl, now + left(KNOWN_FOR));
         let mut cache = self.cache.lock();
-        if cache.len() >= CACHE_MAX {
-            cache.retain(|_, cached| now < cached.until);
-        }
-        // Full of answers that are good: they are a second old at most, so starting anew costs one question each.
-        if cache.len() >= CACHE_MAX {
-            cache.clear();
+        if cache.len() >= CACHE_MAX && !cache.contains_key(&key) {
+            make_room(&mut cache, now);
         }
         // Under the cache's lock, as in `revoke`: a revocation either is seen here or removes what is put here.
-        let revoked = match answer {
-            Ok(principal) => principal.token().is_some_and(|token| self.revoked.lock().contains_key(&token)),
-            Err(_) => false,
-        };
+        let revoked = principal.token().is_some_and(|token| self.revoked.lock().contains_key(&token));
         if !revoked {
-            cache.insert(key, Cached { answer: answer.clone(), until: now + ttl });
+            cache.insert(key, Good { principal, until, known_until });
         }
     }
 
@@ -306,7 +346,7 @@ impl Inner {
             if revoked.len() < CACHE_MAX {
                 revoked.insert(token, now);
             }
-            cache.retain(|_, cached| cached.answer.as_ref().ok().and_then(Principal::token) != Some(token));
+            cache.retain(|_, good| good.principal.token() != Some(token));
         }
         if let Some(watch) = self.streams.lock().remove(&token).and_then(|watch| watch.upgrade()) {
             watch.cancel();
@@ -330,6 +370,23 @@ impl Inner {
         }
         watch
     }
+}
+
+/// Drops what is known no more, else the half that was good the longest ago: what is left pays for thousands of calls.
+fn make_room(cache: &mut HashMap<Key, Good>, now: Instant) {
+    cache.retain(|_, good| now < good.known_until);
+    if cache.len() < CACHE_MAX {
+        return;
+    }
+    let mut ends: Vec<Instant> = cache.values().map(|good| good.known_until).collect();
+    let middle = ends.len() / 2;
+    let median = *ends.select_nth_unstable(middle).1;
+    let mut to_drop = middle;
+    cache.retain(|_, good| {
+        let goes = good.known_until <= median && to_drop > 0;
+        to_drop -= usize::from(goes);
+        !goes
+    });
 }
 
 #[cfg(test)]

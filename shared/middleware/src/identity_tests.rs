@@ -122,13 +122,48 @@ async fn a_store_that_is_away_is_not_remembered_as_a_bad_token() {
 
 #[tokio::test(start_paused = true)]
 async fn memory_is_bounded_under_a_flood_of_made_up_tokens() {
-    let (_, auth, _) = set_up();
+    let (fake, auth, _) = set_up();
+    auth.authenticate("rlt_a").await.unwrap();
     for n in 0..40 {
         let calls: Vec<_> = (0..1000).map(|m| format!("rlt_{n}_{m}")).collect();
         futures::future::join_all(calls.iter().map(|token| auth.authenticate(token))).await;
-        assert!(auth.0.cache.lock().len() <= CACHE_MAX);
+        let refused = auth.0.refused.lock();
+        assert!(refused.failures.len() <= REFUSED_MAX && refused.oldest_first.len() <= REFUSED_MAX);
         assert!(auth.0.in_flight.lock().is_empty());
     }
+    // 40,000 made-up tokens later, all within a good answer's time.
+    let asked = fake.asked.load(SeqCst);
+    auth.authenticate("rlt_a").await.unwrap();
+    assert_eq!(fake.asked.load(SeqCst), asked, "the good token is still remembered");
+    assert!(auth.is_known("rlt_a") && !auth.is_known("rlt_39_999"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_token_is_known_after_its_answer_has_run_out_and_until_it_is_refused() {
+    let (fake, auth, _) = set_up();
+    assert!(!auth.is_known("rlt_a"));
+    auth.authenticate("rlt_a").await.unwrap();
+    tokio::time::advance(Duration::from_secs(60)).await;
+    assert!(auth.is_known("rlt_a"));
+    fake.tokens.lock().insert("rlt_a".into(), Err(Failure::new(Code::TokenRevoked, "revoked")));
+    assert_eq!(auth.authenticate("rlt_a").await.unwrap_err().code, Code::TokenRevoked);
+    assert!(!auth.is_known("rlt_a"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn good_tokens_beyond_the_bound_drop_the_older_half_and_never_all() {
+    let (_, auth, _) = set_up();
+    for n in 0..=CACHE_MAX {
+        let mut principal = Principal::person(UserId::new());
+        principal.expires_at = None;
+        tokio::time::advance(Duration::from_micros(1)).await;
+        let key: Key = Sha256::digest(n.to_be_bytes()).into();
+        auth.0.keep(key, &Ok(principal));
+    }
+    let cache = auth.0.cache.lock();
+    assert_eq!(cache.len(), CACHE_MAX / 2 + 1);
+    let newest: Key = Sha256::digest(CACHE_MAX.to_be_bytes()).into();
+    assert!(cache.contains_key(&newest));
 }
 
 #[test]

@@ -6,7 +6,9 @@
 //! counted until its body ends or is dropped, not until its headers are out.
 
 pub mod access_log;
+mod attempts;
 pub mod auth;
+pub mod body_deadline;
 pub mod catch_panic;
 mod ed25519;
 pub mod identity;
@@ -23,10 +25,11 @@ pub mod timeout;
 mod token_source;
 pub mod trace;
 
+pub use attempts::AttemptLimits;
 pub use auth::{AuthLayer, Authenticator, PublicMethods};
 pub use identity::{AuthConfig, StoreAuthenticator};
 pub use jwt::{Claims, Jwt, JwtError};
 pub use methods::Methods;
-pub use principal::{Principal, PrincipalKind, principal, require_daemon, require_person};
+pub use principal::{Principal, PrincipalKind, person, principal, require_daemon, require_person};
 pub use rate_limit::RateLimitConfig;
-pub use stack::{StackConfig, StackLayer, stack};
+pub use stack::{PUBLIC_STREAMS_MAX, StackConfig, StackLayer, stack};

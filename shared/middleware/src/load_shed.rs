@@ -1,5 +1,8 @@
 //! At most so many calls and so many streams under way; one more is refused at once, with a delay to come back after.
 //! Nothing queues here: a queue in front of a full server only makes every answer late.
+//!
+//! Streams that need no token (reflection, health watches) have places of their own, so that nobody without a token can
+//! take the place of somebody with one.
 
 use std::{
     sync::Arc,
@@ -17,7 +20,12 @@ use tokio::sync::Semaphore;
 use tonic::body::Body;
 use tower::{Layer, Service};
 
-use crate::{methods, observe::Holding, reply};
+use crate::{
+    auth::PublicMethods,
+    methods::{self, Method},
+    observe::Holding,
+    reply,
+};
 
 /// What a refused caller is told to wait.
 pub const RETRY_AFTER: Duration = Duration::from_millis(500);
@@ -26,12 +34,30 @@ pub const RETRY_AFTER: Duration = Duration::from_millis(500);
 pub struct LoadShedLayer {
     unary: Arc<Semaphore>,
     streams: Arc<Semaphore>,
+    public_streams: Arc<Semaphore>,
+    public: Arc<PublicMethods>,
 }
 
 impl LoadShedLayer {
     /// Calls and streams are counted apart: streams stay, and must not take the places of calls.
-    pub fn new(max_unary: usize, max_streams: usize) -> Self {
-        Self { unary: sampled::places("calls", max_unary), streams: sampled::places("call_streams", max_streams) }
+    pub fn new(max_unary: usize, max_streams: usize, max_public_streams: usize, public: Arc<PublicMethods>) -> Self {
+        Self {
+            unary: sampled::places("calls", max_unary),
+            streams: sampled::places("call_streams", max_streams),
+            public_streams: sampled::places("public_streams", max_public_streams),
+            public,
+        }
+    }
+
+    /// The places that a method takes one of, their name in the metrics, and what they are for in a refusal.
+    fn places(&self, method: Method) -> (&Arc<Semaphore>, &'static str, &'static str) {
+        if !method.streaming {
+            (&self.unary, "calls", "calls")
+        } else if self.public.contains(method) {
+            (&self.public_streams, "public_streams", "streams without a token")
+        } else {
+            (&self.streams, "call_streams", "streams")
+        }
     }
 }
 
@@ -67,16 +93,16 @@ where
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
         let method = methods::of_path(request.uri().path());
-        let places = if method.streaming { &self.layer.streams } else { &self.layer.unary };
-        // Probes are answered also by a full server: full is not dead.
-        if method.name.starts_with("grpc.health.") {
+        if method.is_probe() {
             let call = self.inner.call(request);
             return Box::pin(async move { Ok(call.await?.map(Body::new)) });
         }
+        let (places, queue, what) = self.layer.places(method);
         let Ok(place) = places.clone().try_acquire_owned() else {
             RPC_REFUSED.with_label_values(&["load_shed"]).inc();
-            sampled::refused(if method.streaming { "call_streams" } else { "calls" });
-            let failure = Failure::new(Code::QueueFull, "the server is at its limit; try again in a moment");
+            sampled::refused(queue);
+            let message = format!("the server is at its limit of {what}; try again in a moment");
+            let failure = Failure::new(Code::QueueFull, message);
             return Box::pin(std::future::ready(Ok(reply::refuse(&failure.retry_after(RETRY_AFTER)))));
         };
         let call = self.inner.call(request);
@@ -93,7 +119,9 @@ mod tests {
     use crate::observe::testing::*;
 
     fn spawn(unary: usize, streams: usize) -> (mock::Spawn<LoadShed<Mock>>, Handle) {
-        mock::spawn_with(move |inner| LoadShedLayer::new(unary, streams).layer(inner))
+        mock::spawn_with(move |inner| {
+            LoadShedLayer::new(unary, streams, 1, Arc::new(PublicMethods::platform())).layer(inner)
+        })
     }
 
     #[tokio::test]
@@ -131,6 +159,24 @@ mod tests {
         assert!(service.poll_ready().is_ready());
         let _stream = service.call(request(STREAM));
         assert!(handle.next_request().await.is_some());
+    }
+
+    #[tokio::test]
+    async fn streams_without_a_token_take_no_place_of_those_with_one() {
+        let (mut service, mut handle) = spawn(0, 1);
+        let reflection = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo";
+        let mut held = Vec::new();
+        for path in [reflection, STREAM] {
+            assert!(service.poll_ready().is_ready());
+            let stream = service.call(request(path));
+            handle.next_request().await.expect("each kind has a place of its own").1.send_response(endless());
+            held.push(stream.await.unwrap());
+        }
+        for path in [reflection, "/grpc.health.v1.Health/Watch", STREAM] {
+            assert!(service.poll_ready().is_ready());
+            let refused = failure(&service.call(request(path)).await.unwrap());
+            assert_eq!((refused.code, refused.retry_after), (Code::QueueFull, Some(RETRY_AFTER)), "{path}");
+        }
     }
 
     #[tokio::test]

@@ -12,17 +12,30 @@ pub struct Method {
     pub name: &'static str,
     /// Either side streams.
     pub streaming: bool,
+    /// The caller streams: its request has no end to wait for.
+    pub client_streaming: bool,
+}
+
+impl Method {
+    /// A probe of liveness. It is answered at once, also by a full server: full is not dead.
+    pub fn is_probe(&self) -> bool {
+        self.name == "grpc.health.v1.Health/Check"
+    }
 }
 
 /// What a path that no service declares is called.
-pub const OTHER: Method = Method { name: "_OTHER", streaming: false };
+pub const OTHER: Method = Method { name: "_OTHER", streaming: false, client_streaming: false };
 
 const PLATFORM: &[Method] = &[
-    Method { name: "grpc.health.v1.Health/Check", streaming: false },
-    Method { name: "grpc.health.v1.Health/Watch", streaming: true },
-    Method { name: "grpc.reflection.v1.ServerReflection/ServerReflectionInfo", streaming: true },
-    Method { name: "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", streaming: true },
+    Method { name: "grpc.health.v1.Health/Check", streaming: false, client_streaming: false },
+    Method { name: "grpc.health.v1.Health/Watch", streaming: true, client_streaming: false },
+    reflection("grpc.reflection.v1.ServerReflection/ServerReflectionInfo"),
+    reflection("grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"),
 ];
+
+const fn reflection(name: &'static str) -> Method {
+    Method { name, streaming: true, client_streaming: true }
+}
 
 #[derive(Debug)]
 pub struct Methods(HashMap<&'static str, Method>);
@@ -45,7 +58,8 @@ impl Methods {
                     // Read once per process, so this is no leak that grows.
                     let name: &'static str = Box::leak(name.into_boxed_str());
                     let streaming = method.server_streaming() || method.client_streaming();
-                    methods.insert(name, Method { name, streaming });
+                    let client_streaming = method.client_streaming();
+                    methods.insert(name, Method { name, streaming, client_streaming });
                 }
             }
         }
@@ -69,11 +83,13 @@ mod tests {
 
     #[test]
     fn methods_are_read_from_the_descriptors() {
-        let check = |path, name, streaming| assert_eq!(of_path(path), Method { name, streaming }, "{path}");
-        check("/reliant.v1.MessageService/SendMessage", "reliant.v1.MessageService/SendMessage", false);
-        check("/reliant.v1.UpdateService/Subscribe", "reliant.v1.UpdateService/Subscribe", true);
-        check("/reliant.v1.TunnelService/Connect", "reliant.v1.TunnelService/Connect", true);
-        check("/grpc.health.v1.Health/Watch", "grpc.health.v1.Health/Watch", true);
+        let check = |name: &'static str, streaming, client_streaming| {
+            assert_eq!(of_path(&format!("/{name}")), Method { name, streaming, client_streaming });
+        };
+        check("reliant.v1.MessageService/SendMessage", false, false);
+        check("reliant.v1.UpdateService/Subscribe", true, false);
+        check("reliant.v1.TunnelService/Connect", true, true);
+        check("grpc.health.v1.Health/Watch", true, false);
         for path in
             ["/reliant.v1.MessageService/Nope", "/", "", "/wp-login.php", "reliant.v1.MessageService/SendMessage"]
         {

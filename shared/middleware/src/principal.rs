@@ -80,8 +80,13 @@ pub fn principal<T>(request: &tonic::Request<T>) -> Result<Principal, Status> {
 
 /// A person, or a program with the scope `api` on a person's behalf; not a daemon.
 pub fn require_person<T>(request: &tonic::Request<T>) -> Result<Principal, Status> {
-    let principal = principal(request)?;
-    principal.require_scope(SCOPE_API).map_err(|failure| reliant_rpc::status(&failure))?;
+    person(request.extensions()).cloned().map_err(|failure| reliant_rpc::status(&failure))
+}
+
+/// [`require_person`], before the request's body is read.
+pub fn person(extensions: &http::Extensions) -> Result<&Principal, Failure> {
+    let principal = extensions.get::<Principal>().ok_or_else(missing)?;
+    principal.require_scope(SCOPE_API)?;
     Ok(principal)
 }
 

@@ -1,4 +1,5 @@
-//! A token bucket per caller: so many calls a second, and a burst. Who is over it is told when to come back.
+//! A token bucket per caller: so many calls a second, and a burst. Who is over it is told when to come back. Who has no
+//! token is counted by address; what it fails at is the matter of [`crate::attempts`].
 //!
 //! The map of buckets is bounded. A bucket that is full again says nothing and goes first; past that the one that was
 //! used longest ago goes, which can only be generous to its owner.
@@ -46,7 +47,7 @@ impl Default for RateLimitConfig {
 
 /// Whose bucket. A daemon does not eat its owner's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum Key {
+pub(crate) enum Key {
     User(UserId),
     Daemon(DaemonId),
     Peer(IpAddr),
@@ -54,12 +55,17 @@ enum Key {
 }
 
 impl Key {
+    /// The address that the request came from.
+    pub(crate) fn peer<B>(request: &Request<B>) -> Self {
+        let peer = request.extensions().get::<TcpConnectInfo>().and_then(TcpConnectInfo::remote_addr);
+        peer.map_or(Key::Unknown, |addr| Key::Peer(addr.ip()))
+    }
+
     fn of<B>(request: &Request<B>) -> Self {
         if let Some(principal) = request.extensions().get::<Principal>() {
             return principal.daemon().map_or(Key::User(principal.user), Key::Daemon);
         }
-        let peer = request.extensions().get::<TcpConnectInfo>().and_then(TcpConnectInfo::remote_addr);
-        peer.map_or(Key::Unknown, |addr| Key::Peer(addr.ip()))
+        Self::peer(request)
     }
 }
 
@@ -70,7 +76,7 @@ struct Bucket {
 }
 
 #[derive(Debug)]
-struct Buckets {
+pub(crate) struct Buckets {
     rate: f64,
     burst: f64,
     hasher: RandomState,
@@ -78,7 +84,7 @@ struct Buckets {
 }
 
 impl Buckets {
-    fn new(config: &RateLimitConfig) -> Self {
+    pub(crate) fn new(config: &RateLimitConfig) -> Self {
         Self {
             rate: config.calls_per_second,
             burst: f64::from(config.burst.max(1)),
@@ -89,6 +95,31 @@ impl Buckets {
 
     /// Takes one token, or says when there will be one.
     fn take(&self, key: Key, now: Instant) -> Result<(), Duration> {
+        self.with(key, now, |bucket| {
+            let left = self.left(bucket)?;
+            bucket.tokens = left - 1.0;
+            Ok(())
+        })
+    }
+
+    /// Whether there is a token, or when there will be one.
+    pub(crate) fn check(&self, key: Key, now: Instant) -> Result<(), Duration> {
+        self.with(key, now, |bucket| self.left(bucket).map(drop))
+    }
+
+    /// Takes one token after the fact. What was under way beyond the tokens is owed, up to one burst.
+    pub(crate) fn charge(&self, key: Key, now: Instant) {
+        self.with(key, now, |bucket| bucket.tokens = (bucket.tokens - 1.0).max(-self.burst));
+    }
+
+    fn left(&self, bucket: &Bucket) -> Result<f64, Duration> {
+        if bucket.tokens >= 1.0 {
+            return Ok(bucket.tokens);
+        }
+        Err(Duration::from_secs_f64(((1.0 - bucket.tokens) / self.rate).min(3600.0)))
+    }
+
+    fn with<T>(&self, key: Key, now: Instant, act: impl FnOnce(&mut Bucket) -> T) -> T {
         let shard = self.hasher.hash_one(key) as usize % SHARDS;
         let mut buckets = self.shards[shard].lock();
         if buckets.len() >= SHARD_BUCKETS_MAX && !buckets.contains_key(&key) {
@@ -97,11 +128,7 @@ impl Buckets {
         let bucket = buckets.entry(key).or_insert(Bucket { tokens: self.burst, at: now });
         bucket.tokens = self.filled(bucket, now);
         bucket.at = now;
-        if bucket.tokens >= 1.0 {
-            bucket.tokens -= 1.0;
-            return Ok(());
-        }
-        Err(Duration::from_secs_f64(((1.0 - bucket.tokens) / self.rate).min(3600.0)))
+        act(bucket)
     }
 
     fn filled(&self, bucket: &Bucket, now: Instant) -> f64 {
@@ -170,8 +197,10 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        let is_probe = methods::of_path(request.uri().path()).name.starts_with("grpc.health.");
-        if let Some(buckets) = self.buckets.as_ref().filter(|_| !is_probe)
+        let method = methods::of_path(request.uri().path());
+        // A call without a principal that is no stream signs in: [`crate::attempts`] counts those that fail.
+        let signs_in = !method.streaming && request.extensions().get::<Principal>().is_none();
+        if let Some(buckets) = self.buckets.as_ref().filter(|_| !signs_in)
             && let Err(delay) = buckets.take(Key::of(&request), Instant::now())
         {
             RPC_REFUSED.with_label_values(&["rate_limit"]).inc();
@@ -241,14 +270,16 @@ mod tests {
     async fn a_refusal_is_a_status_with_its_delay_and_probes_pass() {
         let (mut service, mut handle) =
             mock::spawn_with(|inner: Mock| RateLimitLayer::new(&config(1.0, 1)).layer(inner));
-        for path in [UNARY, "/grpc.health.v1.Health/Check"] {
+        for path in [STREAM, "/grpc.health.v1.Health/Check"] {
             assert!(service.poll_ready().is_ready());
             let _call = service.call(request(path));
             assert!(handle.next_request().await.is_some());
         }
-        assert!(service.poll_ready().is_ready());
-        let refused = failure(&service.call(request(UNARY)).await.unwrap());
-        assert_eq!(refused.code, Code::RateLimited);
-        assert!(refused.retry_after.is_some());
+        for path in [STREAM, "/grpc.health.v1.Health/Watch"] {
+            assert!(service.poll_ready().is_ready());
+            let refused = failure(&service.call(request(path)).await.unwrap());
+            assert_eq!(refused.code, Code::RateLimited, "{path}");
+            assert!(refused.retry_after.is_some());
+        }
     }
 }

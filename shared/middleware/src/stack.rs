@@ -15,7 +15,9 @@ use tower::{Layer, Service, ServiceBuilder, util::BoxCloneSyncService};
 
 use crate::{
     access_log::AccessLogLayer,
+    attempts::AttemptLimits,
     auth::{AuthLayer, Authenticator, PublicMethods},
+    body_deadline::BodyDeadlineLayer,
     catch_panic::CatchPanicLayer,
     load_shed::LoadShedLayer,
     metrics::MetricsLayer,
@@ -23,6 +25,11 @@ use crate::{
     timeout::TimeoutLayer,
     trace::TraceLayer,
 };
+
+/// Reflection calls are short, health watches few.
+pub const PUBLIC_STREAMS_MAX: usize = 64;
+/// The largest request over a slow line takes less.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[derive(Clone)]
 pub struct StackConfig {
@@ -32,10 +39,16 @@ pub struct StackConfig {
     pub max_unary: usize,
     /// Streams open at one time.
     pub max_streams: usize,
+    /// Streams of the public methods open at one time; they take no place of the others.
+    pub max_public_streams: usize,
     pub unary_timeout: Duration,
+    /// A stream's request must have arrived within this.
+    pub request_timeout: Duration,
     pub authenticator: Arc<dyn Authenticator>,
     pub public: PublicMethods,
     pub rate_limit: RateLimitConfig,
+    /// What an address may try without a known token.
+    pub attempts: AttemptLimits,
 }
 
 impl StackConfig {
@@ -45,10 +58,13 @@ impl StackConfig {
             trust_sampled: false,
             max_unary: 4096,
             max_streams: 20_000,
+            max_public_streams: PUBLIC_STREAMS_MAX,
             unary_timeout: Duration::from_secs(30),
+            request_timeout: REQUEST_TIMEOUT,
             authenticator,
             public: PublicMethods::platform(),
             rate_limit: RateLimitConfig::default(),
+            attempts: AttemptLimits::default(),
         }
     }
 }
@@ -59,10 +75,11 @@ pub type Stack<B, E> = BoxCloneSyncService<Request<B>, Response<Body>, E>;
 /// `inner` behind the common layers.
 pub fn stack<S, B, R>(config: &StackConfig, inner: S) -> Stack<B, S::Error>
 where
-    S: Service<Request<B>, Response = Response<R>> + Clone + Send + Sync + 'static,
+    S: Service<Request<Body>, Response = Response<R>> + Clone + Send + Sync + 'static,
     S::Future: Send + 'static,
     S::Error: Send + 'static,
-    B: Send + 'static,
+    B: HttpBody<Data = Bytes> + Send + 'static,
+    B::Error: Into<tonic::codegen::StdError>,
     R: HttpBody<Data = Bytes> + Send + 'static,
     R::Error: Into<tonic::codegen::StdError>,
 {
@@ -76,27 +93,32 @@ pub struct StackLayer {
     trace: TraceLayer,
     load_shed: LoadShedLayer,
     timeout: TimeoutLayer,
+    body_deadline: BodyDeadlineLayer,
     auth: AuthLayer,
     rate_limit: RateLimitLayer,
 }
 
 impl StackLayer {
     pub fn new(config: &StackConfig) -> Self {
+        let public = Arc::new(config.public.clone());
+        let (unary, streams, public_streams) = (config.max_unary, config.max_streams, config.max_public_streams);
         Self {
             trace: TraceLayer::new(config.trust_sampled),
-            load_shed: LoadShedLayer::new(config.max_unary, config.max_streams),
+            load_shed: LoadShedLayer::new(unary, streams, public_streams, public.clone()),
+            body_deadline: BodyDeadlineLayer::new(config.request_timeout),
             timeout: TimeoutLayer::new(config.unary_timeout),
-            auth: AuthLayer::new(config.authenticator.clone(), config.public.clone()),
+            auth: AuthLayer::new(config.authenticator.clone(), public, &config.attempts),
             rate_limit: RateLimitLayer::new(&config.rate_limit),
         }
     }
 
     fn wrap<S, B, R>(&self, inner: S) -> Stack<B, S::Error>
     where
-        S: Service<Request<B>, Response = Response<R>> + Clone + Send + Sync + 'static,
+        S: Service<Request<Body>, Response = Response<R>> + Clone + Send + Sync + 'static,
         S::Future: Send + 'static,
         S::Error: Send + 'static,
-        B: Send + 'static,
+        B: HttpBody<Data = Bytes> + Send + 'static,
+        B::Error: Into<tonic::codegen::StdError>,
         R: HttpBody<Data = Bytes> + Send + 'static,
         R::Error: Into<tonic::codegen::StdError>,
     {
@@ -112,6 +134,8 @@ impl StackLayer {
             .layer(self.load_shed.clone())
             // Covers authentication, which asks the store.
             .layer(self.timeout)
+            // The same for what streams: its request must arrive.
+            .layer(self.body_deadline)
             .layer(self.auth.clone())
             // Needs to know who calls.
             .layer(self.rate_limit.clone())
@@ -137,10 +161,11 @@ impl<S> Layer<S> for StackLayer {
 
 impl<S, B, R> Service<Request<B>> for Stacked<S>
 where
-    S: Service<Request<B>, Response = Response<R>> + Clone + Send + Sync + 'static,
+    S: Service<Request<Body>, Response = Response<R>> + Clone + Send + Sync + 'static,
     S::Future: Send + 'static,
     S::Error: Send + 'static,
-    B: Send + 'static,
+    B: HttpBody<Data = Bytes> + Send + 'static,
+    B::Error: Into<tonic::codegen::StdError>,
     R: HttpBody<Data = Bytes> + Send + 'static,
     R::Error: Into<tonic::codegen::StdError>,
 {

@@ -99,7 +99,7 @@ metrics! {
     pub static RPC_CLIENT_DURATION: HistogramVec = ("rpc_client_call_duration_seconds", ["rpc_method", "rpc_response_status_code"], SECONDS);
     /// RPCs under way, by method.
     pub static RPC_SERVER_INFLIGHT: IntGaugeVec = ("reliant_rpc_inflight", ["rpc_method"]);
-    /// RPCs refused before their handler, by layer (load_shed, rate_limit, auth, timeout).
+    /// RPCs refused before their handler, by layer (load_shed, rate_limit, auth, auth_failures, timeout).
     pub static RPC_REFUSED: IntCounterVec = ("reliant_rpc_refused_total", ["layer"]);
     /// Panics caught in RPC handlers and tasks.
     pub static PANICS: IntCounter = ("reliant_panics_total", []);

@@ -57,7 +57,7 @@ struct Open {
 }
 
 /// Counts one stream for as long as it lives.
-struct Ticket {
+pub struct Ticket {
     user: UserId,
     open: Arc<Open>,
     _gauge: GaugeGuard,
@@ -74,18 +74,22 @@ impl Hub {
         Self { deps: Arc::new(deps), chats: Table::new(), users: Table::new(), drain, next: AtomicU64::new(1), open }
     }
 
-    /// A stream of the user's feed and these chats. `NOT_FOUND` if one of them is not the user's.
-    pub async fn subscribe(
-        &self,
-        user: UserId,
-        feed: Option<Place>,
-        chats: Vec<(ChatId, Place)>,
-    ) -> Result<ViewerStream, Failure> {
+    /// Counts a stream of `user` from its beginning: also one whose request never arrives.
+    pub fn enter(&self, user: UserId) -> Result<Ticket, Failure> {
         if self.drain.is_draining() {
             return Err(viewer::draining());
         }
-        let ticket = Open::enter(&self.open, user)?;
-        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        Open::enter(&self.open, user)
+    }
+
+    /// A stream of the user's feed and these chats. `NOT_FOUND` if one of them is not the user's.
+    pub async fn subscribe(
+        &self,
+        ticket: Ticket,
+        feed: Option<Place>,
+        chats: Vec<(ChatId, Place)>,
+    ) -> Result<ViewerStream, Failure> {
+        let (user, id) = (ticket.user, self.next.fetch_add(1, Ordering::Relaxed));
         let (viewer, mut stream) = viewer::viewer(id, limits::VIEWER_QUEUE_MAX, self.drain.token(), Box::new(ticket));
         // All leases first: a chat that is not the user's is refused before anything is sent.
         let leases: Vec<_> = futures::stream::iter(chats)

@@ -26,6 +26,6 @@ mod wire;
 mod merge_tests;
 
 pub use chat_feed::Deps;
-pub use hub::{Hub, Place};
+pub use hub::{Hub, Place, Ticket};
 pub use live::Budget;
 pub use wire::SharedCodec;

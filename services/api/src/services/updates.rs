@@ -12,8 +12,8 @@ use std::{
 use bytes::Bytes;
 use futures::{Stream, future::BoxFuture};
 use http_body::Body as HttpBody;
-use reliant_middleware::require_person;
-use reliant_types::{ChatId, Failure, limits, pb};
+use reliant_middleware::{person, reply};
+use reliant_types::{ChatId, Code, Failure, limits, pb};
 use tonic::{
     Request, Response, Status,
     body::Body,
@@ -24,7 +24,7 @@ use tower::Service;
 
 use crate::{
     app::{self, App},
-    feed::{Place, SharedCodec},
+    feed::{Place, SharedCodec, Ticket},
 };
 
 type Updates = Pin<Box<dyn Stream<Item = Result<Bytes, Status>> + Send>>;
@@ -50,10 +50,16 @@ where
     }
 
     fn call(&mut self, request: http::Request<B>) -> Self::Future {
-        let subscribe = Subscribe(self.0.clone());
+        let app = self.0.clone();
         Box::pin(async move {
             Ok(match request.uri().path() {
                 "/reliant.v1.UpdateService/Subscribe" => {
+                    // Before the request's body is awaited: a stream counts for its user at once.
+                    let ticket = match enter(&app, request.extensions()) {
+                        Ok(ticket) => ticket,
+                        Err(failure) => return Ok(reply::refuse(&failure)),
+                    };
+                    let subscribe = Subscribe { app, ticket: Some(ticket) };
                     let mut grpc = Grpc::new(SharedCodec)
                         .apply_max_message_size_config(Some(limits::GRPC_MESSAGE_MAX_BYTES), None);
                     grpc.server_streaming(subscribe, request).await
@@ -64,7 +70,14 @@ where
     }
 }
 
-struct Subscribe(Arc<App>);
+fn enter(app: &App, extensions: &http::Extensions) -> Result<Ticket, Failure> {
+    app.hub.enter(person(extensions)?.user)
+}
+
+struct Subscribe {
+    app: Arc<App>,
+    ticket: Option<Ticket>,
+}
 
 impl ServerStreamingService<pb::SubscribeRequest> for Subscribe {
     type Response = Bytes;
@@ -72,12 +85,12 @@ impl ServerStreamingService<pb::SubscribeRequest> for Subscribe {
     type Future = BoxFuture<'static, Result<Response<Updates>, Status>>;
 
     fn call(&mut self, request: Request<pb::SubscribeRequest>) -> Self::Future {
-        let app = self.0.clone();
+        let (app, ticket) = (self.app.clone(), self.ticket.take());
         Box::pin(async move {
-            let caller = require_person(&request)?;
             let opened = async {
                 let (feed, chats) = places(request.into_inner())?;
-                app.hub.subscribe(caller.user, feed, chats).await
+                let ticket = ticket.ok_or_else(|| Failure::new(Code::Internal, "a stream's request came twice"))?;
+                app.hub.subscribe(ticket, feed, chats).await
             };
             let stream = app::answer(opened.await)?.into_inner();
             Ok(Response::new(Box::pin(stream.into_stream()) as Updates))
