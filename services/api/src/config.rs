@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, time::Duration};
 
 use reliant_middleware::{AttemptLimits, RateLimitConfig};
+use reliant_runtime::ConnectionLimits;
 use serde::{Deserialize, Serialize};
 
 /// The api role.
@@ -37,6 +38,8 @@ impl Default for ApiConfig {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ApiLimits {
+    /// Connections, whatever comes over them.
+    pub connections: ConnectionLimits,
     /// Calls under way at one time, update streams not counted.
     pub concurrent_calls: usize,
     /// Open update streams of all users.
@@ -67,6 +70,7 @@ pub struct ApiLimits {
 impl Default for ApiLimits {
     fn default() -> Self {
         Self {
+            connections: ConnectionLimits::default(),
             concurrent_calls: 1024,
             streams: 10_000,
             public_streams: reliant_middleware::PUBLIC_STREAMS_MAX,

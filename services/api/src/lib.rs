@@ -24,14 +24,10 @@ use reliant_rpc::{
     project_service_server::ProjectServiceServer, telemetry_service_server::TelemetryServiceServer,
     token_service_server::TokenServiceServer, turn_service_server::TurnServiceServer,
 };
-use reliant_runtime::{AdminServer, Drain, Role, TaskKind, check_fn};
+use reliant_runtime::{AdminServer, Connections, Drain, Role, TaskKind, check_fn};
 use reliant_types::{Code, Failure, boxed, limits, pb};
 use tokio::net::TcpListener;
-use tonic::{
-    server::NamedService,
-    service::Routes,
-    transport::{Server, server::TcpIncoming},
-};
+use tonic::{server::NamedService, service::Routes, transport::Server};
 use tonic_health::{ServingStatus, server::HealthReporter};
 
 pub use config::{ApiConfig, ApiLimits};
@@ -181,7 +177,7 @@ impl Role for Api {
                 .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
                 .add_routes(Routes::from(axum::Router::new().fallback_service(stack::as_page(front))))
                 .serve_with_incoming_shutdown(
-                    TcpIncoming::from(listener).with_nodelay(Some(true)),
+                    Connections::new(listener, &config.limits.connections),
                     drain.token().cancelled_owned(),
                 );
             drain.spawn(TaskKind::Listener("grpc"), server);

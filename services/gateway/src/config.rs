@@ -1,6 +1,7 @@
 //! What an operator may set of the gateway role. Everything has a default that serves a laptop.
 
 use reliant_middleware::{AttemptLimits, PUBLIC_STREAMS_MAX};
+use reliant_runtime::ConnectionLimits;
 use reliant_types::limits;
 use serde::{Deserialize, Serialize};
 use std::{net::SocketAddr, time::Duration};
@@ -19,6 +20,8 @@ pub struct GatewayConfig {
     pub public_streams: usize,
     /// Unknown tokens from one address.
     pub attempts: AttemptLimits,
+    /// Connections, whatever comes over them.
+    pub connections: ConnectionLimits,
     /// Daemons let in at one time. Each costs a transaction, so a reconnect storm queues here and not in Postgres.
     pub admissions: usize,
     /// After a drain began, daemons have so long to open their next stream elsewhere.
@@ -34,6 +37,7 @@ impl Default for GatewayConfig {
             max_daemons: limits::GATEWAY_DAEMONS_MAX,
             public_streams: PUBLIC_STREAMS_MAX,
             attempts: AttemptLimits::default(),
+            connections: ConnectionLimits::default(),
             admissions: 32,
             drain: Duration::from_secs(15),
         }

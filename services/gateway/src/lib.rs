@@ -23,13 +23,12 @@ use hub::Hub;
 use reliant_bus::{Bus, BusError, ControlSubject};
 use reliant_middleware::Authenticator;
 use reliant_rpc::tunnel_service_server::TunnelServiceServer;
-use reliant_runtime::{AdminServer, Drain, Role, TaskKind, check_fn};
+use reliant_runtime::{AdminServer, Connections, Drain, Role, TaskKind, check_fn};
 use reliant_store::Store;
 use reliant_telemetry::sampled;
 use reliant_types::{Code, Failure, InstanceId, boxed, limits, pb};
 use std::{net::SocketAddr, sync::Arc};
 use tokio::net::TcpListener;
-use tonic::transport::server::TcpIncoming;
 
 /// Ended streams have so long to give their leases back.
 const LAST_WORDS: std::time::Duration = std::time::Duration::from_secs(3);
@@ -139,7 +138,7 @@ impl Role for Gateway {
                 .add_service(reflection()?)
                 .add_service(tunnel)
                 .serve_with_incoming_shutdown(
-                    TcpIncoming::from(listener).with_nodelay(Some(true)),
+                    Connections::new(listener, &config.connections),
                     drain.token().cancelled_owned(),
                 );
             drain.spawn(TaskKind::Listener("grpc"), server);

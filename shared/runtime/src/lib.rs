@@ -5,7 +5,9 @@
 
 pub mod admin;
 pub mod config;
+pub mod connections;
 pub mod drain;
+mod open_files;
 pub mod retry;
 pub mod tasks;
 
@@ -15,6 +17,7 @@ use futures::future::BoxFuture;
 
 pub use admin::{AdminServer, Check, check_fn};
 pub use config::{AdminConfig, ConfigError, ListenConfig, Sources};
+pub use connections::{ConnectionLimits, Connections};
 pub use drain::{Drain, Drained};
 pub use reliant_types::{InstanceId, Secret};
 pub use retry::{Backoff, Retry};
