@@ -146,7 +146,7 @@ impl Role for Api {
             let feeds = feed::Deps {
                 store: deps.store.clone(),
                 bus: deps.bus.clone(),
-                budget: feed::Budget::new(config.limits.live_text_bytes),
+                budget: feed::Budget::new("live_text_bytes", config.limits.live_text_bytes),
             };
             let hub = Arc::new(Hub::new(feeds, config.limits.streams, config.limits.user_streams, drain.clone()));
             let effects =

@@ -17,7 +17,8 @@ use reliant_types::{
 use tokio::{sync::mpsc, task::JoinSet, time::sleep_until};
 
 use super::{
-    live::{Budget, Hole},
+    budget::Budget,
+    live::Hole,
     merge::{Output, Source, turn_ended},
     refill::Refills,
     roster::Roster,
@@ -93,7 +94,7 @@ pub async fn run(station: Station<(UserId, ChatId)>, mut commands: mpsc::Receive
     let mut feed = ChatFeed {
         user,
         chat,
-        state: ChatState::new(chat.to_string(), snapshot, deps.budget.clone()),
+        state: ChatState::new(chat.to_string(), snapshot, deps.budget.of(user)),
         deps,
         roster: Roster::new(Topic::Chat(chat)),
         refills: Refills::default(),
@@ -258,7 +259,7 @@ impl ChatFeed {
         self.jobs = JoinSet::new();
         (self.reading_log, self.reading_older, self.want_log, self.want_restart) = (false, false, false, false);
         self.failures = 0;
-        self.state = ChatState::new(self.chat.to_string(), snapshot, self.deps.budget.clone());
+        self.state = ChatState::new(self.chat.to_string(), snapshot, self.deps.budget.of(self.user));
         self.refills = Refills::default();
         self.roster.restart();
     }

@@ -6,23 +6,30 @@
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::Arc,
 };
 
 use bytes::{Bytes, BytesMut};
+use prost::Message as _;
+use reliant_telemetry::sampled;
 use reliant_types::{limits, pb};
 use uuid::Uuid;
+
+use super::budget::Budget;
 
 /// Live output of a tool that is kept and shown. Beyond it the viewer waits for the result.
 const TOOL_OUTPUT_MAX_BYTES: i64 = 4 * 1024 * 1024;
 /// Live texts of one chat at one time; the oldest gives way.
 const TARGETS_MAX: usize = 512;
 const BLOCKS_MAX: usize = 256;
-/// Pieces that wait for a hole before them to be filled, per block.
+/// Pieces that wait for a hole before them to be filled: per block, and their bytes per target. What is dropped beyond that is
+/// asked of the producer again once the hole is filled.
 const PENDING_MAX: usize = 512;
+const PENDING_MAX_BYTES: usize = 2 * 1024 * 1024;
+/// What a waiting piece costs beside its bytes.
+const PIECE_OVERHEAD_BYTES: usize = 256;
+/// A tool's name, as blocks keep it.
+const TOOL_NAME_MAX_BYTES: usize = 128;
 /// Pieces that wait for the event that opens their target, per chat.
 const EARLY_MAX: usize = 1024;
 const EARLY_MAX_BYTES: usize = 1024 * 1024;
@@ -30,32 +37,6 @@ const EARLY_MAX_BYTES: usize = 1024 * 1024;
 const CLOSED_MAX: usize = 512;
 /// Text is kept in pieces of about this size, shared with the viewers that join late.
 const CHUNK_BYTES: usize = 64 * 1024;
-
-/// Memory for live text, shared by all chats of a replica.
-#[derive(Debug)]
-pub struct Budget {
-    used: AtomicUsize,
-    max: usize,
-}
-
-impl Budget {
-    pub fn new(max: usize) -> Arc<Self> {
-        Arc::new(Self { used: AtomicUsize::new(0), max })
-    }
-
-    fn take(&self, bytes: usize) -> bool {
-        let used = self.used.fetch_add(bytes, Ordering::Relaxed);
-        if used + bytes > self.max {
-            self.used.fetch_sub(bytes, Ordering::Relaxed);
-            return false;
-        }
-        true
-    }
-
-    fn give_back(&self, bytes: usize) {
-        self.used.fetch_sub(bytes, Ordering::Relaxed);
-    }
-}
 
 /// How much of each live text somebody has: (target, block) to (epoch, length).
 pub type Marks = HashMap<(Uuid, i32), (i64, i64)>;
@@ -80,6 +61,7 @@ struct Block {
     len: i64,
     /// The producer is known to have so much.
     known: i64,
+    /// Charged to the budget by [`cost`], and counted in the target's `pending_bytes`.
     pending: BTreeMap<i64, pb::Delta>,
     /// A bound was met: nothing more is kept or shown before the commit.
     full: bool,
@@ -92,6 +74,7 @@ struct Target {
     /// The turn whose model writes this; `None` for a tool's output.
     turn: Option<Uuid>,
     blocks: BTreeMap<i32, Block>,
+    pending_bytes: usize,
     /// Pieces may have passed before anybody here listened.
     ask_all: bool,
     opened: u64,
@@ -106,7 +89,8 @@ impl Target {
 
 impl Drop for Target {
     fn drop(&mut self) {
-        self.budget.give_back(self.blocks.values().map(|block| block.len as usize).sum());
+        let texts: usize = self.blocks.values().map(|block| block.len as usize).sum();
+        self.budget.give_back(texts + self.pending_bytes);
     }
 }
 
@@ -166,6 +150,7 @@ impl LiveTexts {
             producer,
             turn,
             blocks: BTreeMap::new(),
+            pending_bytes: 0,
             ask_all: missed,
             opened: self.opened,
             budget: self.budget.clone(),
@@ -176,7 +161,7 @@ impl LiveTexts {
                 self.early.push_back((id, delta));
                 continue;
             }
-            self.early_bytes -= delta.piece.len();
+            self.early_bytes -= cost(&delta);
             if delta.epoch == epoch {
                 self.suspect |= opened.apply(delta, out);
             }
@@ -196,7 +181,7 @@ impl LiveTexts {
         let early_bytes = &mut self.early_bytes;
         self.early.retain(|(id, delta)| {
             let keep = *id != target;
-            *early_bytes -= if keep { 0 } else { delta.piece.len() };
+            *early_bytes -= if keep { 0 } else { cost(delta) };
             keep
         });
     }
@@ -235,11 +220,11 @@ impl LiveTexts {
         if self.closed.contains(&target) {
             return;
         }
-        self.early_bytes += delta.piece.len();
+        self.early_bytes += cost(&delta);
         self.early.push_back((target, delta));
         while self.early.len() > EARLY_MAX || self.early_bytes > EARLY_MAX_BYTES {
             if let Some((_, dropped)) = self.early.pop_front() {
-                self.early_bytes -= dropped.piece.len();
+                self.early_bytes -= cost(&dropped);
             }
         }
     }
@@ -336,7 +321,7 @@ impl Target {
             fresh = true;
             Block {
                 kind,
-                tool: delta.tool.clone(),
+                tool: delta.tool[..delta.tool.floor_char_boundary(TOOL_NAME_MAX_BYTES)].to_owned(),
                 chunks: Vec::new(),
                 tail: BytesMut::new(),
                 len: 0,
@@ -350,25 +335,51 @@ impl Target {
             return false;
         }
         if delta.offset > block.len {
-            let shorter = block.pending.get(&delta.offset).is_none_or(|had| had.piece.len() < delta.piece.len());
-            if shorter && block.pending.len() < PENDING_MAX {
-                block.pending.insert(delta.offset, delta);
-            }
+            keep_pending(block, delta, &mut self.pending_bytes, &self.budget);
             return true;
         }
+        let mut freed = 0;
         block.take(delta, fresh, max_bytes, &self.budget, out);
         while let Some(entry) = block.pending.first_entry()
             && *entry.key() <= block.len
             && !block.full
         {
             let delta = entry.remove();
+            freed += cost(&delta);
+            self.budget.give_back(cost(&delta));
             block.take(delta, false, max_bytes, &self.budget, out);
         }
         if block.full {
-            block.pending.clear();
+            let dropped: usize = std::mem::take(&mut block.pending).values().map(cost).sum();
+            freed += dropped;
+            self.budget.give_back(dropped);
         }
+        self.pending_bytes -= freed;
         block.known > block.len && !block.full
     }
+}
+
+/// What a piece that waits costs in memory.
+fn cost(delta: &pb::Delta) -> usize {
+    delta.encoded_len() + PIECE_OVERHEAD_BYTES
+}
+
+/// Keeps a piece that lies behind a hole, if there is room for it.
+fn keep_pending(block: &mut Block, delta: pb::Delta, pending_bytes: &mut usize, budget: &Budget) {
+    let bytes = cost(&delta);
+    let had = block.pending.get(&delta.offset);
+    if had.is_some_and(|had| had.piece.len() >= delta.piece.len()) {
+        return;
+    }
+    let freed = had.map_or(0, cost);
+    let places = block.pending.len() < PENDING_MAX || freed > 0;
+    if !places || *pending_bytes - freed + bytes > PENDING_MAX_BYTES || !budget.take(bytes) {
+        sampled::refused("live_pending");
+        return;
+    }
+    budget.give_back(freed);
+    *pending_bytes = *pending_bytes - freed + bytes;
+    block.pending.insert(delta.offset, delta);
 }
 
 impl Block {

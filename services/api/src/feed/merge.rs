@@ -9,7 +9,8 @@ use reliant_types::pb::{self, chat_event::Kind};
 use uuid::Uuid;
 
 use super::{
-    live::{Budget, Hole, LiveTexts, Marks},
+    budget::Budget,
+    live::{Hole, LiveTexts, Marks},
     sequence::Sequencer,
 };
 

@@ -8,6 +8,7 @@
 //! A chat's task subscribes before it reads, never waits for a viewer, a database or a producer: reads and refills run
 //! beside it. Nothing here is the truth; all of it can be read or asked for again.
 
+mod budget;
 mod chat_feed;
 mod hub;
 mod live;
@@ -25,7 +26,7 @@ mod wire;
 #[cfg(test)]
 mod merge_tests;
 
+pub use budget::Budget;
 pub use chat_feed::Deps;
 pub use hub::{Hub, Place, Ticket};
-pub use live::Budget;
 pub use wire::SharedCodec;

@@ -13,7 +13,8 @@ use reliant_types::{
 };
 
 use super::{
-    live::{Budget, Marks},
+    budget::Budget,
+    live::Marks,
     merge::{Merge, Output, marks_without},
     sequence::Window,
     wire::encode,
