@@ -56,14 +56,14 @@ impl NatsRole {
                 &["tool.*", "update.*.*", "feed.*", "prefix.*", "burst.*", "control.>"],
                 &["update.*.*", "feed.*", "presence.*.*", "control.>"],
             ),
+            // Revocations come from the api alone.
             NatsRole::Worker => (
-                &["tool.*", "update.*.*", "feed.*", "burst.*", "control.>"],
+                &["tool.*", "update.*.*", "feed.*", "burst.*"],
                 &["result.*.*", "prefix.*", "presence.*.*", "burst.*", "control.>"],
             ),
-            NatsRole::Gateway => (
-                &["result.*.*", "update.*.*", "feed.*", "presence.*.*", "control.>"],
-                &["tool.*", "prefix.*", "control.>"],
-            ),
+            NatsRole::Gateway => {
+                (&["result.*.*", "update.*.*", "feed.*", "presence.*.*"], &["tool.*", "prefix.*", "control.>"])
+            }
         }
     }
 }
@@ -153,6 +153,12 @@ mod tests {
         };
         assert!(!line("api").contains("result."));
         assert!(!line("worker").contains("\"reliant.v1.presence.*.*\"], subscribe"));
+        for (role, revokes) in [("api", true), ("worker", false), ("gateway", false)] {
+            let line = line(role);
+            let (publish, subscribe) = line.split_once("subscribe:").expect("both lists");
+            assert_eq!(publish.contains("control."), revokes, "{role}");
+            assert!(subscribe.contains("control."), "{role}");
+        }
         assert!(line("gateway").contains("\"_INBOX_gateway.>\""));
         assert!(!line("gateway").contains("\"_INBOX.>\""));
     }
