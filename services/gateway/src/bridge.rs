@@ -1,5 +1,5 @@
-//! From a daemon's stream to NATS and Postgres: results until they are acknowledged, live output while there is room,
-//! declarations of which the newest counts. Each works beside the stream's loop and within a bound.
+//! From a daemon's stream to NATS: results until they are acknowledged, live output while there is room. Each works beside
+//! the stream's loop and within a bound. A daemon that sends results faster than its allowance is slowed down, and loses none.
 
 use futures::FutureExt;
 use parking_lot::Mutex;
@@ -20,6 +20,7 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    allowance::Allowance,
     hub::{Hub, Seat},
     writer::Writer,
 };
@@ -28,8 +29,13 @@ use crate::{
 const RESULTS_MAX: usize = 64;
 const RETRY_FIRST: Duration = Duration::from_millis(50);
 const RETRY_MAX: Duration = Duration::from_secs(2);
-/// A daemon that declares again and again costs a row's write in this time, not one each.
-const DECLARE_INTERVAL: Duration = Duration::from_secs(1);
+/// Results of one daemon that workers are asked about: lasting, and at once after a pause.
+const RESULTS_PER_SECOND: usize = 500;
+const RESULTS_BURST: usize = 1000;
+/// A result that nobody waits for costs as many more: of ended calls there are few, of made-up ones there is no end.
+const DISCARDED_SURCHARGE: usize = 9;
+/// What a frame of live output costs beside its bytes.
+const LIVE_FRAME_BYTES: usize = 1024;
 /// What fits into one answer over NATS, with room for its frame.
 const REPLY_MAX_BYTES: usize = limits::NATS_PAYLOAD_MAX_BYTES - 64 * 1024;
 
@@ -43,6 +49,15 @@ pub(crate) struct Results {
     gone: CancellationToken,
     places: Arc<Semaphore>,
     on_way: Arc<Mutex<HashSet<(ToolCallId, i64)>>>,
+    allowance: Arc<Mutex<Allowance>>,
+}
+
+fn result_allowance() -> Allowance {
+    Allowance::new(RESULTS_PER_SECOND, RESULTS_BURST, Instant::now())
+}
+
+fn surcharge(outcome: pb::AckOutcome) -> usize {
+    if outcome == pb::AckOutcome::Committed { 0 } else { DISCARDED_SURCHARGE }
 }
 
 impl Results {
@@ -55,6 +70,7 @@ impl Results {
             gone,
             places: sampled::places("tunnel_results", RESULTS_MAX),
             on_way: Arc::default(),
+            allowance: Arc::new(Mutex::new(result_allowance())),
         }
     }
 
@@ -84,10 +100,19 @@ impl Results {
         };
         let result = stamped(self.daemon, result);
         let topic = ResultSubject { daemon: self.daemon, call };
-        let (hub, writer, gone, on_way) =
-            (self.hub.clone(), self.writer.clone(), self.gone.clone(), self.on_way.clone());
+        let (hub, writer, gone, on_way, allowance) =
+            (self.hub.clone(), self.writer.clone(), self.gone.clone(), self.on_way.clone(), self.allowance.clone());
+        let wait = allowance.lock().owe(1, Instant::now());
         self.drain.spawn(TaskKind::Work("tool result"), async move {
+            if !wait.is_zero() {
+                sampled::refused("tunnel_result_rate");
+                tokio::select! {
+                    () = tokio::time::sleep(wait) => {}
+                    () = gone.cancelled() => {}
+                }
+            }
             if let Some(ack) = deliver(&hub.bus, &topic, &trace, &result, &gone).await {
+                allowance.lock().owe(surcharge(ack.outcome()), Instant::now());
                 let _ = writer.send(TraceContext::default(), 0, Frame::ResultAck(ack));
             }
             on_way.lock().remove(&key);
@@ -141,32 +166,15 @@ fn stamped(daemon: DaemonId, mut result: pb::ToolResult) -> pb::ToolResult {
     result
 }
 
-/// How much live output a stream may still send.
-pub(crate) struct Allowance {
-    bytes: f64,
-    since: Instant,
-}
-
-impl Allowance {
-    pub fn new(now: Instant) -> Self {
-        Self { bytes: limits::DAEMON_LIVE_BURST_BYTES as f64, since: now }
-    }
-
-    fn take(&mut self, bytes: usize, now: Instant) -> bool {
-        let grown = now.duration_since(self.since).as_secs_f64() * limits::DAEMON_LIVE_MAX_BYTES_PER_SECOND as f64;
-        self.bytes = (self.bytes + grown).min(limits::DAEMON_LIVE_BURST_BYTES as f64);
-        self.since = now;
-        let fits = bytes as f64 <= self.bytes;
-        if fits {
-            self.bytes -= bytes as f64;
-        }
-        fits
-    }
+/// How much live output a stream may still send, in bytes.
+pub(crate) fn live_allowance() -> Allowance {
+    let (rate, burst) = (limits::DAEMON_LIVE_MAX_BYTES_PER_SECOND, limits::DAEMON_LIVE_BURST_BYTES);
+    Allowance::new(rate, burst, Instant::now())
 }
 
 /// Live output goes out at once or not at all; what is dropped is refilled from the daemon.
 pub(crate) fn live(bus: &Bus, user: UserId, allowance: &mut Allowance, trace: &TraceContext, output: pb::LiveOutput) {
-    if !allowance.take(output.encoded_len(), Instant::now()) {
+    if !allowance.take(output.encoded_len() + LIVE_FRAME_BYTES, Instant::now()) {
         sampled::refused("tunnel_output");
         return;
     }
@@ -206,111 +214,6 @@ pub(crate) fn fitting(mut reply: pb::PrefixReply) -> pb::PrefixReply {
         .count();
     reply.deltas.truncate(kept);
     reply
-}
-
-/// Stores declarations, the newest last. One is written at a time; those that come meanwhile replace each other.
-pub(crate) struct Declarer {
-    hub: Arc<Hub>,
-    seat: Arc<Seat>,
-    drain: Drain,
-    gone: CancellationToken,
-    slot: Arc<Mutex<Slot>>,
-}
-
-#[derive(Default)]
-struct Slot {
-    next: Option<pb::Declarations>,
-    busy: bool,
-}
-
-impl Declarer {
-    pub fn new(hub: Arc<Hub>, seat: Arc<Seat>, drain: Drain, gone: CancellationToken) -> Self {
-        Self { hub, seat, drain, gone, slot: Arc::default() }
-    }
-
-    pub fn take(&self, mut declarations: pb::Declarations) {
-        if let Err(reason) = bounded(&mut declarations.roots, &mut declarations.tools) {
-            tracing::warn!(daemon.id = %self.seat.daemon, reason, "declarations were shortened");
-        }
-        {
-            let mut slot = self.slot.lock();
-            slot.next = Some(declarations);
-            if std::mem::replace(&mut slot.busy, true) {
-                return;
-            }
-        }
-        let (hub, seat, gone, slot) = (self.hub.clone(), self.seat.clone(), self.gone.clone(), self.slot.clone());
-        self.drain.spawn(TaskKind::Work("declarations"), async move {
-            let mut backoff = Backoff::new(RETRY_FIRST, RETRY_MAX);
-            loop {
-                let next = {
-                    let mut slot = slot.lock();
-                    let next = slot.next.take();
-                    slot.busy = next.is_some();
-                    next
-                };
-                let Some(declarations) = next else { return };
-                match declare(&hub, &seat, &declarations).await {
-                    Ok(()) => {
-                        backoff.reset();
-                        tokio::select! {
-                            () = tokio::time::sleep(DECLARE_INTERVAL) => {}
-                            () = gone.cancelled() => return,
-                        }
-                    }
-                    Err(error) => {
-                        tracing::warn!(error = %chain(&error), daemon.id = %seat.daemon, "declarations were not stored; tried again");
-                        slot.lock().next.get_or_insert(declarations);
-                        tokio::select! {
-                            () = backoff.wait() => {}
-                            // The next stream's hello declares everything anew.
-                            () = gone.cancelled() => return,
-                        }
-                    }
-                }
-            }
-        });
-    }
-}
-
-async fn declare(hub: &Hub, seat: &Seat, declarations: &pb::Declarations) -> Result<(), reliant_store::StoreError> {
-    let committed = hub
-        .store
-        .update_declarations(seat.daemon, seat.instance, declarations.roots.clone(), declarations.tools.clone())
-        .await?;
-    hub.publish_feed(seat.user, committed.feed).await;
-    Ok(())
-}
-
-/// Roots one daemon offers.
-const ROOTS_MAX: usize = 64;
-const AGENTS_MD_MAX_BYTES: usize = 32 * 1024;
-const TEXT_MAX_BYTES: usize = 4096;
-const SCHEMA_MAX_BYTES: usize = 64 * 1024;
-
-/// Shortens what a daemon declares to its limits, and says whether it had to.
-pub(crate) fn bounded(roots: &mut Vec<pb::Root>, tools: &mut Vec<pb::ToolDeclaration>) -> Result<(), &'static str> {
-    let before = (roots.len(), tools.len());
-    roots.truncate(ROOTS_MAX);
-    for root in roots.iter_mut() {
-        for (text, max) in [
-            (&mut root.id, 128),
-            (&mut root.name, 256),
-            (&mut root.path, TEXT_MAX_BYTES),
-            (&mut root.agents_md, AGENTS_MD_MAX_BYTES),
-        ] {
-            text.truncate(text.floor_char_boundary(max));
-        }
-    }
-    // A tool with half a schema is worse than none.
-    tools.retain(|tool| {
-        !tool.name.is_empty() && tool.name.len() <= 128 && tool.input_schema_json.len() <= SCHEMA_MAX_BYTES
-    });
-    tools.truncate(limits::DAEMON_TOOLS_MAX);
-    for tool in tools.iter_mut() {
-        tool.description.truncate(tool.description.floor_char_boundary(TEXT_MAX_BYTES));
-    }
-    if (roots.len(), tools.len()) == before { Ok(()) } else { Err("too many roots or tools, or a tool too large") }
 }
 
 /// Gives the lease back and says that the daemon is away, unless another stream has it by now.
@@ -365,15 +268,22 @@ mod tests {
     }
 
     #[test]
-    fn live_output_is_carried_at_a_pace() {
-        let begun = Instant::now();
-        let mut allowance = Allowance::new(begun);
-        let frame = limits::DAEMON_LIVE_BURST_BYTES / 4;
-        let taken = |allowance: &mut Allowance, now| (0..100).filter(|_| allowance.take(frame, now)).count();
-        assert_eq!(taken(&mut allowance, begun), 4);
-        assert_eq!(taken(&mut allowance, begun + Duration::from_millis(250)), 2);
-        assert_eq!(taken(&mut allowance, begun + Duration::from_secs(60)), 4, "no more than a burst");
-        assert!(!allowance.take(limits::DAEMON_LIVE_BURST_BYTES + 1, begun + Duration::from_secs(120)));
+    fn live_output_is_carried_at_a_pace_also_in_small_frames() {
+        let mut allowance = live_allowance();
+        let now = Instant::now();
+        let taken = (0..1_000_000).take_while(|_| allowance.take(LIVE_FRAME_BYTES, now)).count();
+        assert!(taken <= limits::DAEMON_LIVE_BURST_BYTES / LIVE_FRAME_BYTES + 100, "{taken} empty frames at once");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn results_that_nobody_waits_for_slow_their_daemon_down() {
+        let (mut good, mut bad) = (result_allowance(), result_allowance());
+        let now = Instant::now();
+        let paced = |allowance: &mut Allowance, outcome| {
+            (0..1000).map(|_| allowance.owe(1, now) + allowance.owe(surcharge(outcome), now)).max().unwrap()
+        };
+        assert_eq!(paced(&mut good, pb::AckOutcome::Committed), Duration::ZERO);
+        assert!(paced(&mut bad, pb::AckOutcome::Discarded) > Duration::from_secs(10));
     }
 
     #[test]
@@ -384,22 +294,5 @@ mod tests {
         assert!(reply.encoded_len() <= REPLY_MAX_BYTES);
         let short = pb::PrefixReply { found: true, deltas: vec![piece; 2] };
         assert_eq!(fitting(short.clone()), short);
-    }
-
-    #[test]
-    fn declarations_are_shortened_to_their_limits() {
-        let tool = |name: &str| pb::ToolDeclaration {
-            name: name.into(),
-            description: "d".repeat(10_000),
-            ..Default::default()
-        };
-        let mut roots = vec![pb::Root { agents_md: "\u{20ac}".repeat(20_000), ..Default::default() }];
-        let mut tools = vec![tool("shell")];
-        assert!(bounded(&mut roots, &mut tools).is_ok());
-        assert!(roots[0].agents_md.len() <= AGENTS_MD_MAX_BYTES);
-        assert_eq!(tools[0].description.len(), TEXT_MAX_BYTES);
-        let mut many: Vec<_> = (0..5000).map(|n| tool(&format!("mcp__s__{n}"))).collect();
-        assert!(bounded(&mut roots, &mut many).is_err());
-        assert_eq!(many.len(), limits::DAEMON_TOOLS_MAX);
     }
 }

@@ -10,6 +10,8 @@ use reliant_types::{DaemonId, Incarnation, InstanceId, TokenId, UserId, pb};
 use std::{collections::HashMap, sync::Arc, time::SystemTime};
 use tokio::sync::watch;
 
+use crate::requests::{Lines, Requests};
+
 /// Why a stream ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum End {
@@ -123,12 +125,13 @@ pub(crate) struct Hub {
     pub gateway: InstanceId,
     pub store: Store,
     pub bus: Bus,
+    pub lines: Lines<Requests>,
     seats: Mutex<HashMap<DaemonId, Arc<Seat>>>,
 }
 
 impl Hub {
     pub fn new(gateway: InstanceId, store: Store, bus: Bus) -> Self {
-        Self { gateway, store, bus, seats: Mutex::default() }
+        Self { gateway, store, bus, lines: Lines::new(), seats: Mutex::default() }
     }
 
     /// Takes the daemon's seat. False: a newer stream has it already.

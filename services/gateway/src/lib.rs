@@ -3,12 +3,15 @@
 //! It decides nothing about a turn, keeps nothing that the daemon or Postgres does not hold, and is not needed for a
 //! result that the daemon still has. Only a frame from the daemon answers a request for it.
 
+mod allowance;
 mod bridge;
 mod config;
+mod declare;
 mod hub;
 mod instance;
 mod leases;
 mod pending;
+mod requests;
 mod revocations;
 mod session;
 mod stack;

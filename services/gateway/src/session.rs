@@ -2,22 +2,22 @@
 //! Postgres, NATS or the daemon, so that nothing slow holds up the line.
 
 use futures::{FutureExt, StreamExt};
-use reliant_bus::{BusError, PrefixSubject, Received, Subscription, ToolSubject};
+use reliant_bus::{BusError, PrefixSubject, Received, ToolSubject};
 use reliant_runtime::{Drain, TaskKind};
 use reliant_telemetry::{TraceContext, chain, hop, metrics, sampled};
 use reliant_types::pb::{self, connect_request, connect_response::Frame, tool_reply::Reply, tool_request::Request};
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 use tokio::{sync::OwnedSemaphorePermit, time::MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 use tonic::Streaming;
 
 use crate::{
-    bridge::{self, Allowance, Declarer, Results},
+    allowance::Allowance,
+    bridge::{self, Results},
+    declare::{Declarer, Fingerprint},
     hub::{End, Hub, Seat},
     pending::{Asker, Kind, Pending},
+    requests::{Line, Requests},
     streams::Open,
     writer::Writer,
 };
@@ -26,12 +26,6 @@ const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 /// A stream that holds no lease may deliver its results for so long.
 const RESULTS_ONLY: Duration = Duration::from_secs(30);
 
-/// The requests for a daemon; only the stream that holds the lease has them.
-pub(crate) struct Requests {
-    pub tool: Subscription<ToolSubject>,
-    pub prefix: Subscription<PrefixSubject>,
-}
-
 pub(crate) struct Session {
     pub hub: Arc<Hub>,
     pub seat: Arc<Seat>,
@@ -39,6 +33,8 @@ pub(crate) struct Session {
     pub writer: Writer,
     pub drain: Drain,
     pub place: Place,
+    /// What its hello declared; the lease's row has it.
+    pub declared: Fingerprint,
 }
 
 /// The place among the gateway's streams, and among the daemon's.
@@ -62,25 +58,30 @@ struct Routes {
 impl Session {
     fn split(self) -> (Routes, Streaming<pb::ConnectRequest>, Place, CancellationToken) {
         let gone = CancellationToken::new();
-        let Session { hub, seat, inbound, writer, drain, place } = self;
+        let Session { hub, seat, inbound, writer, drain, place, declared } = self;
         let results = Results::new(hub.clone(), seat.daemon, writer.clone(), drain.clone(), gone.clone());
-        let declarer = Declarer::new(hub.clone(), seat.clone(), drain.clone(), gone.clone());
-        let live = Allowance::new(Instant::now());
+        let declarer = Declarer::new(hub.clone(), seat.clone(), drain.clone(), gone.clone(), declared);
+        let live = bridge::live_allowance();
         let routes = Routes { hub, seat, writer, drain, pending: Pending::new(), results, declarer, live };
         (routes, inbound, place, gone)
     }
 
     /// Serves the daemon until its stream ends, and gives back what it held.
-    pub async fn run(self, mut requests: Requests) {
+    pub async fn run(self, line: Arc<Line<Requests>>) {
         let (mut routes, mut inbound, _place, gone) = self.split();
         let counted = metrics::in_flight(&metrics::DAEMONS_CONNECTED);
-        routes.hub.announce(&routes.seat, true).await;
-        let end = routes.serve(&mut inbound, &mut requests).await;
+        let end = match line.take(&routes.seat).await {
+            Ok(mut requests) => {
+                routes.hub.announce(&routes.seat, true).await;
+                routes.serve(&mut inbound, &mut requests).await
+            }
+            Err(end) => end,
+        };
         gone.cancel();
         drop(counted);
         routes.farewell(end);
         // Nobody is to find this stream any more before the lease is free.
-        drop(requests);
+        drop(line);
         let Routes { hub, seat, writer, .. } = routes;
         drop(writer);
         hub.leave(&seat);
@@ -171,6 +172,11 @@ impl Routes {
             Some(Request::Dispatch(dispatch)) => {
                 if dispatch.user_id != self.seat.user.to_string() {
                     tracing::warn!(daemon.id = %self.seat.daemon, "a dispatch for another user's chat was not forwarded");
+                    return;
+                }
+                // Only the journal that a call is meant for may say that it never got it.
+                if dispatch.incarnation != self.seat.incarnation.to_string() {
+                    tracing::info!(daemon.id = %self.seat.daemon, tool.call_id = %dispatch.call_id, "a dispatch for another journal was not forwarded");
                     return;
                 }
                 let kind = Kind::Dispatch { call_id: dispatch.call_id.clone(), generation: dispatch.generation };

@@ -13,6 +13,9 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(3);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 /// A daemon has one stream, and a second one while it moves.
 const STREAMS_PER_CONNECTION: u32 = 8;
+/// A daemon makes one call, which writes its row; at most so many in a row when its network comes and goes.
+const CONNECTS_PER_SECOND: f64 = 5.0;
+const CONNECTS_BURST: u32 = 50;
 const STREAM_WINDOW_BYTES: u32 = 256 * 1024;
 const CONNECTION_WINDOW_BYTES: u32 = 512 * 1024;
 
@@ -28,7 +31,7 @@ pub(crate) fn server(
         attempts: config.attempts.clone(),
         // Health and reflection are all that is open without a token.
         public: PublicMethods::platform(),
-        rate_limit: RateLimitConfig::default(),
+        rate_limit: RateLimitConfig { calls_per_second: CONNECTS_PER_SECOND, burst: CONNECTS_BURST },
         ..StackConfig::new(authenticator)
     };
     Server::builder()

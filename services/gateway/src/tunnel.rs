@@ -1,6 +1,5 @@
 //! Accepts a daemon: who it is, its hello, its lease; then its stream is a [`Session`].
 
-use reliant_bus::{PrefixSubject, ToolSubject};
 use reliant_middleware::{Principal, require_daemon};
 use reliant_rpc::tunnel_service_server::TunnelService;
 use reliant_runtime::{Drain, TaskKind};
@@ -15,9 +14,10 @@ use tokio::sync::Semaphore;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
-    bridge,
+    declare::{self, Fingerprint},
     hub::{Hub, Seat},
-    session::{Place, Requests, Session},
+    requests,
+    session::{Place, Session},
     streams::{DAEMON_STREAMS_MAX, Streams},
     writer::{Outgoing, Writer},
 };
@@ -75,7 +75,7 @@ impl Tunnel {
                 .retry_after(COME_BACK)
         })?;
         let place = Place { _of_gateway: place, _of_daemon: own };
-        let hello = hello(&mut inbound).await?;
+        let mut hello = hello(&mut inbound).await?;
         let incarnation: Incarnation = hello
             .incarnation
             .parse()
@@ -86,8 +86,9 @@ impl Tunnel {
             return Err(Failure::new(Code::QueueFull, "many daemons connect at once; try again").retry_after(COME_BACK));
         };
         // Before the lease: whoever sees the lease must find somebody who listens.
-        let requests = self.requests(daemon).await?;
+        let line = self.hub.lines.get(daemon, async || requests::subscribe(&self.hub.bus, daemon).await).await?;
         let (writer, outgoing) = Writer::new();
+        let declared = self.shorten(daemon, &mut hello);
         let session = |seat| Session {
             hub: self.hub.clone(),
             seat,
@@ -95,6 +96,7 @@ impl Tunnel {
             writer: writer.clone(),
             drain: self.drain.clone(),
             place,
+            declared,
         };
         let lease = match self.lease(daemon, &principal, incarnation, hello).await {
             Ok(lease) => lease,
@@ -118,7 +120,7 @@ impl Tunnel {
             );
         }
         tracing::info!(daemon.id = %daemon, daemon.instance = seat.instance, lease.epoch = seat.epoch, "a daemon connected");
-        self.drain.spawn(TaskKind::Work("daemon stream"), Box::pin(session(seat).run(requests)));
+        self.drain.spawn(TaskKind::Work("daemon stream"), Box::pin(session(seat).run(line)));
         Ok(outgoing)
     }
 
@@ -133,11 +135,15 @@ impl Tunnel {
         Ok(())
     }
 
-    async fn requests(&self, daemon: DaemonId) -> Result<Requests, Failure> {
-        Ok(Requests {
-            tool: self.hub.bus.subscribe(&ToolSubject { daemon }).await?,
-            prefix: self.hub.bus.subscribe(&PrefixSubject { producer: daemon.0 }).await?,
-        })
+    /// Shortens what the daemon says to its limits.
+    fn shorten(&self, daemon: DaemonId, hello: &mut pb::Hello) -> Fingerprint {
+        if let Err(reason) = declare::bounded(&mut hello.roots, &mut hello.tools) {
+            tracing::warn!(daemon.id = %daemon, reason, "declarations were shortened");
+        }
+        for text in [&mut hello.hostname, &mut hello.os, &mut hello.version] {
+            text.truncate(text.floor_char_boundary(256));
+        }
+        Fingerprint::of(&hello.roots, &hello.tools)
     }
 
     async fn lease(
@@ -145,14 +151,8 @@ impl Tunnel {
         daemon: DaemonId,
         principal: &Principal,
         incarnation: Incarnation,
-        mut hello: pb::Hello,
+        hello: pb::Hello,
     ) -> Result<reliant_store::Lease, StoreError> {
-        if let Err(reason) = bridge::bounded(&mut hello.roots, &mut hello.tools) {
-            tracing::warn!(daemon.id = %daemon, reason, "declarations were shortened");
-        }
-        for text in [&mut hello.hostname, &mut hello.os, &mut hello.version] {
-            text.truncate(text.floor_char_boundary(256));
-        }
         let committed = self
             .hub
             .store
