@@ -26,6 +26,8 @@ const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a daemon waits to be let in before it is told to come back later.
 const ADMISSION_WAIT: Duration = Duration::from_secs(2);
 const COME_BACK: Duration = Duration::from_secs(1);
+/// Far more processes than a daemon ever has, and far from where counting on would overflow.
+const INSTANCE_MAX: i64 = 1 << 40;
 
 #[derive(Clone)]
 pub(crate) struct Tunnel {
@@ -76,10 +78,7 @@ impl Tunnel {
         })?;
         let place = Place { _of_gateway: place, _of_daemon: own };
         let mut hello = hello(&mut inbound).await?;
-        let incarnation: Incarnation = hello
-            .incarnation
-            .parse()
-            .map_err(|error: reliant_types::id::IdError| Failure::field("hello.incarnation", error.to_string()))?;
+        let incarnation = checked(&hello)?;
         let admission = tokio::time::timeout(ADMISSION_WAIT, self.admissions.acquire());
         let Ok(Ok(_admitted)) = admission.await else {
             sampled::refused("admissions");
@@ -189,6 +188,18 @@ impl Tunnel {
     }
 }
 
+/// The journal that the hello names. Its instance is 0, or a number that an earlier lease gave out: one a process.
+fn checked(hello: &pb::Hello) -> Result<Incarnation, Failure> {
+    if !(0..=INSTANCE_MAX).contains(&hello.instance) {
+        let message = format!("hello.instance is {}; it is 0, or the number of the last welcome", hello.instance);
+        return Err(Failure::field("hello.instance", message));
+    }
+    hello
+        .incarnation
+        .parse()
+        .map_err(|error: reliant_types::id::IdError| Failure::field("hello.incarnation", error.to_string()))
+}
+
 /// The first frame, which must be a hello.
 async fn hello(inbound: &mut Streaming<pb::ConnectRequest>) -> Result<pb::Hello, Failure> {
     let first = tokio::time::timeout(HELLO_TIMEOUT, inbound.message())
@@ -198,5 +209,25 @@ async fn hello(inbound: &mut Streaming<pb::ConnectRequest>) -> Result<pb::Hello,
     match first.and_then(|first| first.frame) {
         Some(connect_request::Frame::Hello(hello)) => Ok(hello),
         _ => Err(Failure::field("frame", "the first frame of a stream is hello")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_instance_that_no_lease_gave_out_is_refused() {
+        let hello =
+            |instance| pb::Hello { instance, incarnation: Incarnation::new().to_string(), ..pb::Hello::default() };
+        for good in [0, 1, INSTANCE_MAX] {
+            assert!(checked(&hello(good)).is_ok(), "{good}");
+        }
+        for bad in [-1, i64::MIN, INSTANCE_MAX + 1, i64::MAX] {
+            let refused = checked(&hello(bad)).expect_err("no lease gave it out");
+            assert_eq!((refused.code, refused.field.as_deref()), (Code::InvalidArgument, Some("hello.instance")));
+        }
+        let nameless = checked(&pb::Hello::default()).expect_err("no journal");
+        assert_eq!(nameless.field.as_deref(), Some("hello.incarnation"));
     }
 }
