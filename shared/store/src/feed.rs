@@ -71,22 +71,33 @@ impl Store {
         .await
     }
 
+    /// The user's feed after `after`, as [`Store::events_after`].
     #[boxed]
-    pub async fn feed_after(&self, user: UserId, after: i64, limit: i64) -> Result<Vec<pb::FeedEvent>> {
+    pub async fn feed_after(&self, user: UserId, after: i64, limit: i64) -> Result<(Vec<pb::FeedEvent>, bool)> {
         self.run("feed_after", async || {
             let rows = sqlx::query!(
-                "SELECT seq, payload FROM user_events WHERE user_id = $1 AND seq > $2 ORDER BY seq LIMIT $3",
+                r#"WITH sized AS (
+                       SELECT seq, row_number() OVER w AS place, sum(octet_length(payload)) OVER w AS total
+                       FROM (SELECT seq, payload FROM user_events WHERE user_id = $1 AND seq > $2 ORDER BY seq LIMIT $3) e
+                       WINDOW w AS (ORDER BY seq)
+                   )
+                   SELECT e.seq, e.payload, u.feed_seq > s.seq AS "more!"
+                   FROM sized s JOIN user_events e ON e.user_id = $1 AND e.seq = s.seq JOIN users u ON u.id = $1
+                   WHERE s.place = 1 OR s.total <= $4 ORDER BY e.seq"#,
                 user.0,
                 after,
                 limit,
+                limits::READ_EVENTS_MAX_BYTES as i64,
             )
             .fetch_all(&self.pool)
             .await?;
+            let more = rows.last().is_some_and(|row| row.more);
             let decode = |row: &[u8], seq| {
                 let event = pb::FeedEvent::decode(row).map_err(|_| StoreError::Corrupt("a feed event"))?;
                 Ok(pb::FeedEvent { seq, ..event })
             };
-            rows.iter().map(|row| decode(&row.payload, row.seq)).collect()
+            let events = rows.iter().map(|row| decode(&row.payload, row.seq)).collect::<Result<_>>()?;
+            Ok((events, more))
         })
         .await
     }

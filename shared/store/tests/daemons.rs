@@ -61,7 +61,7 @@ async fn a_lease_that_ran_out_is_told_once() {
     assert_eq!(renewed.held, [world.daemon]);
     assert_eq!(renewed.back.iter().map(|it| (it.value, it.feed.len())).collect::<Vec<_>>(), [(world.daemon, 1)]);
     assert!(renew().await.back.is_empty());
-    contiguous(world.store().feed_after(world.user, 0, 100).await.unwrap().iter().map(|event| event.seq));
+    contiguous(world.store().feed_after(world.user, 0, 100).await.unwrap().0.iter().map(|event| event.seq));
 }
 
 /// Presence may be lost, and a renewal has none: what waits is woken by the transaction that makes the lease good again.
@@ -215,7 +215,7 @@ async fn nothing_of_another_is_there() {
     assert!(store.list_tokens(eve).await.unwrap().is_empty());
     assert!(store.list_projects(eve).await.unwrap().is_empty());
     assert_eq!(store.list_daemons(eve, true).await.unwrap().len(), 1);
-    assert!(store.feed_after(eve, 0, 10).await.unwrap().is_empty());
+    assert!(store.feed_after(eve, 0, 10).await.unwrap().0.is_empty());
     assert_eq!(world.log().await, before, "nothing was changed");
 }
 

@@ -207,7 +207,7 @@ async fn what_happens_to_one_user_everywhere_at_once_is_one_feed_without_a_hole(
     for task in tasks {
         task.await.unwrap();
     }
-    let feed = world.store().feed_after(world.user, 0, 10_000).await.unwrap();
+    let feed = world.store().feed_after(world.user, 0, 10_000).await.unwrap().0;
     contiguous(feed.iter().map(|event| event.seq));
     assert_eq!(feed.len(), 2 + 8 * 31);
 }
@@ -242,4 +242,31 @@ async fn the_log_is_what_was_published_and_holds_no_content_a_second_time() {
     // What is read counts by what it holds, not by what is stored of it.
     let (some, more) = world.store().events_after(world.chat, 0, 3).await.unwrap();
     assert_eq!((some.len(), more), (3, true));
+
+async fn a_feed_is_read_by_its_bytes_and_says_that_there_is_more() {
+    let world = World::new().await;
+    // Ten events of a megabyte each: a field that this version does not know, 1,000,000 bytes long.
+    world
+        .db
+        .execute(
+            "INSERT INTO user_events (user_id, seq, kind, payload)
+             SELECT u.id, u.feed_seq + n, 'test', decode('a206c0843d', 'hex') || convert_to(repeat('x', 1000000), 'UTF8')
+             FROM users u, generate_series(1, 10) n",
+        )
+        .await;
+    world.db.execute("UPDATE users SET feed_seq = feed_seq + 10").await;
+    let last = world.store().feed_seqs(&[world.user]).await.unwrap()[0].1;
+    let (mut after, mut reads) = (last - 10, Vec::new());
+    loop {
+        let (events, more) = world.store().feed_after(world.user, after, 500).await.unwrap();
+        contiguous(events.iter().map(|event| event.seq - after));
+        after += events.len() as i64;
+        reads.push(events.len());
+        if !more {
+            break;
+        }
+        assert!(reads.len() <= 10, "{reads:?}");
+    }
+    assert_eq!(after, last);
+    assert!(reads.iter().all(|events| events * 1_000_000 <= limits::READ_EVENTS_MAX_BYTES), "{reads:?}");
 }

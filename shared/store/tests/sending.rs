@@ -173,7 +173,7 @@ async fn sixteen_writers_leave_a_log_without_a_hole() {
     hints.sort_by_key(|event| event.seq);
     let log = world.log().await;
     assert_eq!(log[1..], hints, "each event is in the log and in exactly one hint");
-    let feed = world.store().feed_after(world.user, 0, 10_000).await.unwrap();
+    let feed = world.store().feed_after(world.user, 0, 10_000).await.unwrap().0;
     contiguous(feed.iter().map(|event| event.seq));
     assert_eq!(world.store().feed_seqs(&[world.user]).await.unwrap(), [(world.user, feed.len() as i64)]);
     let ordinals: Vec<i64> = world.messages().await.iter().map(|message| i64::from(message.ordinal)).collect();

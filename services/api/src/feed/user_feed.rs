@@ -33,9 +33,12 @@ const READ_MAX: i64 = 500;
 const RETRY: Duration = Duration::from_millis(500);
 const FRUITLESS_MAX: u32 = 5;
 
+/// Events, and whether the feed has more of them.
+type LogRead = (Vec<pb::FeedEvent>, bool);
+
 enum Done {
-    Log { after: i64, read: Result<Vec<pb::FeedEvent>, StoreError> },
-    Older { after: i64, read: Result<Vec<pb::FeedEvent>, StoreError> },
+    Log { after: i64, read: Result<LogRead, StoreError> },
+    Older { after: i64, read: Result<LogRead, StoreError> },
     Epoch(Result<i64, StoreError>),
 }
 
@@ -156,11 +159,11 @@ impl UserFeed {
         let failed = match done {
             Done::Log { after, read } => {
                 self.reading_log = false;
-                read.map(|events| self.log_read(after, events)).err()
+                read.map(|(events, more)| self.log_read(after, events, more)).err()
             }
             Done::Older { after, read } => {
                 self.reading_older = false;
-                read.map(|events| self.older_read(after, events)).err()
+                read.map(|(events, _)| self.older_read(after, events)).err()
             }
             Done::Epoch(read) => read.err(),
         };
@@ -171,11 +174,10 @@ impl UserFeed {
         }
     }
 
-    fn log_read(&mut self, after: i64, events: Vec<pb::FeedEvent>) {
-        let full = events.len() as i64 >= READ_MAX;
+    fn log_read(&mut self, after: i64, events: Vec<pb::FeedEvent>, more: bool) {
         self.events(events);
         let progress = self.line.last() > after;
-        if full && progress {
+        if more && progress {
             self.want_log = true;
             return;
         }
