@@ -280,7 +280,8 @@ impl ChatTx {
             let kinds: Vec<String> = events.iter().map(|event| event_kind(event).to_owned()).collect();
             let (payloads, about): (Vec<Vec<u8>>, Vec<Option<Uuid>>) = events.iter().map(stored_events::stored).unzip();
             let feed_kinds: Vec<String> = feed.iter().map(|event| feed_kind(event).to_owned()).collect();
-            let feed_payloads: Vec<Vec<u8>> = feed.iter().map(|event| event.encode_to_vec()).collect();
+            let (feed_payloads, feed_about): (Vec<Vec<u8>>, Vec<Option<Uuid>>) =
+                feed.iter().map(stored_events::stored_feed).unzip();
             let written = sqlx::query!(
                 r#"
                 WITH before AS (
@@ -314,9 +315,9 @@ impl ChatTx {
                     UPDATE users SET feed_seq = feed_seq + $24 FROM c WHERE users.id = c.user_id AND $24 > 0
                     RETURNING users.id, users.feed_seq
                 ), g AS (
-                    INSERT INTO user_events (user_id, seq, kind, payload, created_at)
-                    SELECT f.id, f.feed_seq - $24 + u.n, u.kind, u.payload, $6
-                    FROM f, UNNEST($25::text[], $26::bytea[]) WITH ORDINALITY AS u (kind, payload, n)
+                    INSERT INTO user_events (user_id, seq, kind, payload, about, created_at)
+                    SELECT f.id, f.feed_seq - $24 + u.n, u.kind, u.payload, u.about, $6
+                    FROM f, UNNEST($25::text[], $26::bytea[], $32::uuid[]) WITH ORDINALITY AS u (kind, payload, about, n)
                 )
                 SELECT c.last_seq AS "last_seq!", (SELECT f.feed_seq FROM f) AS feed_seq,
                        before.pending AS "pending!", before.burst AS "burst?"
@@ -353,6 +354,7 @@ impl ChatTx {
                 held_for,
                 WORKER_SILENT_SECS,
                 &about as &[Option<Uuid>],
+                &feed_about as &[Option<Uuid>],
             )
             .fetch_one(&mut *self.tx)
             .await?;

@@ -1,6 +1,5 @@
 //! What viewers read: the logs, and snapshots in their place.
 
-use prost::Message as _;
 use reliant_types::{ChatId, UserId, boxed, limits, pb};
 use uuid::Uuid;
 
@@ -77,12 +76,16 @@ impl Store {
         self.run("feed_after", async || {
             let rows = sqlx::query!(
                 r#"WITH sized AS (
-                       SELECT seq, row_number() OVER w AS place, sum(octet_length(payload)) OVER w AS total
-                       FROM (SELECT seq, payload FROM user_events WHERE user_id = $1 AND seq > $2 ORDER BY seq LIMIT $3) e
+                       SELECT seq, row_number() OVER w AS place, sum(bytes) OVER w AS total
+                       FROM (SELECT e.seq, octet_length(e.payload) + COALESCE(octet_length(k.input), 0) AS bytes
+                             FROM (SELECT seq, payload, about FROM user_events
+                                   WHERE user_id = $1 AND seq > $2 ORDER BY seq LIMIT $3) e
+                             LEFT JOIN tool_calls k ON k.id = e.about) b
                        WINDOW w AS (ORDER BY seq)
                    )
-                   SELECT e.seq, e.payload, u.feed_seq > s.seq AS "more!"
+                   SELECT e.seq, e.payload, e.about, k.input AS "input?", u.feed_seq > s.seq AS "more!"
                    FROM sized s JOIN user_events e ON e.user_id = $1 AND e.seq = s.seq JOIN users u ON u.id = $1
+                        LEFT JOIN tool_calls k ON k.id = e.about
                    WHERE s.place = 1 OR s.total <= $4 ORDER BY e.seq"#,
                 user.0,
                 after,
@@ -92,11 +95,10 @@ impl Store {
             .fetch_all(&self.pool)
             .await?;
             let more = rows.last().is_some_and(|row| row.more);
-            let decode = |row: &[u8], seq| {
-                let event = pb::FeedEvent::decode(row).map_err(|_| StoreError::Corrupt("a feed event"))?;
-                Ok(pb::FeedEvent { seq, ..event })
-            };
-            let events = rows.iter().map(|row| decode(&row.payload, row.seq)).collect::<Result<_>>()?;
+            let whole = rows
+                .into_iter()
+                .map(|row| stored_events::whole_feed(row.seq, &row.payload, row.about.map(|_| row.input)));
+            let events = whole.collect::<Result<_>>()?;
             Ok((events, more))
         })
         .await

@@ -4,7 +4,7 @@
 //! Invariant: what is read is what was published. Events of before hold all of it themselves and name no row.
 
 use prost::Message as _;
-use reliant_types::pb::{self, chat_event::Kind};
+use reliant_types::pb::{self, chat_event::Kind, feed_event::Kind as FeedKind};
 use uuid::Uuid;
 
 use crate::{Result, StoreError, rows::MessageRow};
@@ -35,6 +35,18 @@ pub(crate) fn stored(event: &pb::ChatEvent) -> (Vec<u8>, Option<Uuid>) {
         }
         None => (event.encode_to_vec(), None),
     }
+}
+
+/// As [`stored`], of the owner's feed, which has approvals.
+pub(crate) fn stored_feed(event: &pb::FeedEvent) -> (Vec<u8>, Option<Uuid>) {
+    let Some(FeedKind::ApprovalChanged(approval)) = &event.kind else { return (event.encode_to_vec(), None) };
+    let Ok(row) = Uuid::parse_str(&approval.tool_call_id) else { return (event.encode_to_vec(), None) };
+    let approval = pb::Approval { input_json: String::new(), ..approval.clone() };
+    (
+        pb::FeedEvent { seq: event.seq, time: event.time, kind: Some(FeedKind::ApprovalChanged(approval)) }
+            .encode_to_vec(),
+        Some(row),
+    )
 }
 
 fn without_content(call: &mut pb::ToolCall) -> Option<Uuid> {
@@ -73,6 +85,16 @@ pub(crate) fn whole(chat: Uuid, seq: i64, payload: &[u8], rest: Rest) -> Result<
         }
         Some(Kind::ApprovalChanged(approval)) => approval.input_json = rest.call.ok_or_else(gone)?.0,
         _ => {}
+    }
+    Ok(event)
+}
+
+/// `input`: where the event names a call, the call's arguments.
+pub(crate) fn whole_feed(seq: i64, payload: &[u8], input: Option<Option<String>>) -> Result<pb::FeedEvent> {
+    let event = pb::FeedEvent::decode(payload).map_err(|_| StoreError::Corrupt("a feed event"))?;
+    let mut event = pb::FeedEvent { seq, ..event };
+    if let (Some(input), Some(FeedKind::ApprovalChanged(approval))) = (input, &mut event.kind) {
+        approval.input_json = input.ok_or(StoreError::Corrupt("an event without its row"))?;
     }
     Ok(event)
 }

@@ -239,10 +239,20 @@ async fn the_log_is_what_was_published_and_holds_no_content_a_second_time() {
     }
     let stored = world.db.number("SELECT sum(octet_length(payload))::bigint FROM events").await;
     assert!(stored < BYTES as i64, "{} events take {stored} bytes", log.len());
+    let (feed, _) = world.store().feed_after(world.user, 0, 100).await.unwrap();
+    let asked = feed.iter().filter_map(|event| match &event.kind {
+        Some(pb::feed_event::Kind::ApprovalChanged(approval)) => Some(approval.input_json.as_str()),
+        _ => None,
+    });
+    assert_eq!(asked.collect::<Vec<_>>(), [input.as_str(); 2]);
+    let stored = world.db.number("SELECT sum(octet_length(payload))::bigint FROM user_events").await;
+    assert!(stored < BYTES as i64, "{} events of the feed take {stored} bytes", feed.len());
     // What is read counts by what it holds, not by what is stored of it.
     let (some, more) = world.store().events_after(world.chat, 0, 3).await.unwrap();
     assert_eq!((some.len(), more), (3, true));
+}
 
+#[tokio::test]
 async fn a_feed_is_read_by_its_bytes_and_says_that_there_is_more() {
     let world = World::new().await;
     // Ten events of a megabyte each: a field that this version does not know, 1,000,000 bytes long.
