@@ -55,8 +55,11 @@ pub struct ApiLimits {
     pub rate: RateLimitConfig,
     /// Unknown tokens and sign-in codes from one address.
     pub attempts: AttemptLimits,
-    /// Live text kept in memory for viewers that join late, all chats together, in bytes.
+    /// Live text kept in memory for viewers that join late, all chats together, in bytes; one user gets half.
     pub live_text_bytes: usize,
+    /// Events and snapshots kept in memory for viewers that join or fall behind, in bytes; one user gets half. Past it they
+    /// are read from Postgres each time.
+    pub feed_bytes: usize,
     /// Wakes, hints and cancels on their way, after their answer was given.
     pub background_tasks: usize,
     /// A turn's own working time; it stands still while a person or a daemon is awaited.
@@ -79,6 +82,7 @@ impl Default for ApiLimits {
             rate: RateLimitConfig::default(),
             attempts: AttemptLimits::default(),
             live_text_bytes: 256 * 1024 * 1024,
+            feed_bytes: 512 * 1024 * 1024,
             background_tasks: 1024,
             turn_deadline: reliant_types::limits::TURN_DEADLINE,
             drain: Duration::from_secs(15),

@@ -147,6 +147,7 @@ impl Role for Api {
                 store: deps.store.clone(),
                 bus: deps.bus.clone(),
                 budget: feed::Budget::new("live_text_bytes", config.limits.live_text_bytes),
+                kept: feed::Budget::new("feed_bytes", config.limits.feed_bytes),
             };
             let hub = Arc::new(Hub::new(feeds, config.limits.streams, config.limits.user_streams, drain.clone()));
             let effects =

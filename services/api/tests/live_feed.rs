@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use futures::StreamExt as _;
 use parking_lot::Mutex;
-use reliant_api::{ApiConfig, ApiDeps};
+use reliant_api::{ApiConfig, ApiDeps, ApiLimits};
 use reliant_bus::{Bus, BusConfig, FeedSubject, PrefixSubject, UpdateSubject};
 use reliant_client::{From, View};
 use reliant_devstack::{Placement, Stack, StackConfig};
@@ -45,6 +45,10 @@ struct Person {
 
 impl Bench {
     async fn start() -> Result<Self> {
+        Self::with(ApiLimits::default()).await
+    }
+
+    async fn with(limits: ApiLimits) -> Result<Self> {
         let dir = tempfile::TempDir::with_prefix("reliant-live-feed-")?;
         // Temporal is away: what is accepted is accepted all the same.
         let stack =
@@ -76,7 +80,7 @@ impl Bench {
             instance: InstanceId::new(),
         };
         let any = "127.0.0.1:0".parse()?;
-        let config = ApiConfig { listen: any, admin: any, ..ApiConfig::default() };
+        let config = ApiConfig { listen: any, admin: any, limits, ..ApiConfig::default() };
         let api = reliant_api::build(config, deps).await?;
         let url = api.public_url();
         let drain = Drain::new();
@@ -581,6 +585,44 @@ async fn what_is_not_ones_own_or_too_large_is_refused() -> Result<()> {
         }
     };
     assert_eq!(rpc::failure(&status).code, Code::Draining, "{status:?}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn feeds_without_memory_are_read_anew_and_too_many_are_refused() -> Result<()> {
+    // One user's half: four feeds that keep nothing.
+    let bench = Bench::with(ApiLimits { feed_bytes: 128 * 1024, ..ApiLimits::default() }).await?;
+    let ada = bench.person("ada").await?;
+    let chat = ada.chat().await?;
+    let mut seq = 0;
+    let mut viewers = Vec::new();
+    for _ in 0..3 {
+        ada.send(chat, &"x".repeat(100_000)).await?;
+        seq = bench.store.last_seqs(&[chat]).await?[0].1;
+        viewers.push(ada.view(chat, From::Snapshot).await?);
+        for viewer in &mut viewers {
+            viewer.seq(seq).await?;
+        }
+    }
+    // Who comes back with a cursor is read what it missed.
+    let mut back = viewers.remove(0);
+    ada.send(chat, "more").await?;
+    back = ada.watch(chat, back.view).await?;
+    let now = bench.store.last_seqs(&[chat]).await?[0].1;
+    assert!(now > seq);
+    back.seq(now).await?;
+
+    let mut chats = vec![chat];
+    for _ in 0..4 {
+        chats.push(ada.chat().await?);
+    }
+    let cursor = |chat: &ChatId| pb::ChatCursor { chat_id: chat.to_string(), after_seq: -1, log_epoch: 0 };
+    let request = pb::SubscribeRequest { chats: chats.iter().map(cursor).collect(), feed: None };
+    let failure = rpc::failure(&ada.subscribe(request).await.unwrap_err());
+    assert_eq!((failure.code, failure.retry_after.is_some()), (Code::QueueFull, true));
+    let bob = bench.person("bob").await?;
+    let own = bob.chat().await?;
+    bob.subscribe(pb::SubscribeRequest { chats: vec![cursor(&own)], feed: None }).await?;
     Ok(())
 }
 

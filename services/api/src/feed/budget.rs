@@ -72,6 +72,36 @@ impl Budget {
     }
 }
 
+/// What one holder takes of a budget, given back when it is dropped.
+#[derive(Debug)]
+pub struct Charge {
+    budget: Arc<Budget>,
+    bytes: usize,
+}
+
+impl Charge {
+    /// `None`: the budget has not so much left.
+    pub fn new(budget: Arc<Budget>, bytes: usize) -> Option<Self> {
+        budget.take(bytes).then(|| Self { budget, bytes })
+    }
+
+    /// Charges `bytes` in place of what was charged before. False: there is not so much left, and nothing has changed.
+    pub fn set(&mut self, bytes: usize) -> bool {
+        if bytes > self.bytes && !self.budget.take(bytes - self.bytes) {
+            return false;
+        }
+        self.budget.give_back(self.bytes.saturating_sub(bytes));
+        self.bytes = bytes;
+        true
+    }
+}
+
+impl Drop for Charge {
+    fn drop(&mut self) {
+        self.budget.give_back(self.bytes);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -86,6 +116,17 @@ mod tests {
         one.give_back(50);
         assert!(three.take(11));
         assert_eq!(all.used(), 51);
+    }
+
+    #[test]
+    fn a_charge_follows_what_is_held_and_is_given_back() {
+        let all = Budget::new("test_budget", 100);
+        let mut charge = Charge::new(all.clone(), 20).unwrap();
+        assert!(charge.set(90) && !charge.set(101) && all.used() == 90);
+        assert!(Charge::new(all.clone(), 11).is_none());
+        assert!(charge.set(30) && all.used() == 30);
+        drop(charge);
+        assert_eq!(all.used(), 0);
     }
 
     #[test]

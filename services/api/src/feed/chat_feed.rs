@@ -8,16 +8,19 @@ use std::{
 
 use reliant_bus::{Bus, BusError, PrefixSubject, Subscription, UpdateSubject};
 use reliant_store::{Store, StoreError};
-use reliant_telemetry::chain;
-use reliant_telemetry::metrics::{self, Phase};
+use reliant_telemetry::{
+    chain,
+    metrics::{self, Phase},
+    sampled,
+};
 use reliant_types::{
-    ChatId, UserId, limits,
+    ChatId, Code, Failure, UserId, limits,
     pb::{self, chat_event::Kind, subscribe_response::Update},
 };
 use tokio::{sync::mpsc, task::JoinSet, time::sleep_until};
 
 use super::{
-    budget::Budget,
+    budget::{Budget, Charge},
     live::Hole,
     merge::{Output, Source, turn_ended},
     refill::Refills,
@@ -36,11 +39,19 @@ const RETRY_MAX: Duration = Duration::from_secs(2);
 /// Reads that found nothing where hints said that there is something; then the hints are not believed.
 const FRUITLESS_MAX: u32 = 5;
 
+/// What a followed chat costs at the least.
+const FEED_BYTES: usize = 16 * 1024;
+/// What a user waits who follows too much.
+const RETRY_FOLLOWING: Duration = Duration::from_secs(5);
+
 /// What the feeds of a replica work with.
 pub struct Deps {
     pub store: Store,
     pub bus: Bus,
+    /// For live text.
     pub budget: Arc<Budget>,
+    /// For events and snapshots that are kept for viewers that join or fall behind.
+    pub kept: Arc<Budget>,
 }
 
 /// Events, and whether the log has more of them.
@@ -60,6 +71,8 @@ struct ChatFeed {
     chat: ChatId,
     deps: Arc<Deps>,
     state: ChatState,
+    /// For what the state keeps.
+    kept: Charge,
     roster: Roster,
     refills: Refills,
     jobs: JoinSet<Done>,
@@ -81,6 +94,11 @@ struct ChatFeed {
 /// Runs until some seconds after the last viewer left.
 pub async fn run(station: Station<(UserId, ChatId)>, mut commands: mpsc::Receiver<Command>, deps: Arc<Deps>) {
     let (user, chat) = station.key;
+    let Some(kept) = Charge::new(deps.kept.of(user), FEED_BYTES) else {
+        sampled::refused("feed_bytes");
+        let message = "you follow more chats here than the server has memory for; close some, or try again";
+        return station.ready(Err(Failure::new(Code::QueueFull, message).retry_after(RETRY_FOLLOWING)));
+    };
     let mut hints = match deps.bus.subscribe(&UpdateSubject { user, chat }).await {
         Ok(hints) => hints,
         Err(error) => return station.ready(Err(error.into())),
@@ -95,6 +113,7 @@ pub async fn run(station: Station<(UserId, ChatId)>, mut commands: mpsc::Receive
         user,
         chat,
         state: ChatState::new(chat.to_string(), snapshot, deps.budget.of(user)),
+        kept,
         deps,
         roster: Roster::new(Topic::Chat(chat)),
         refills: Refills::default(),
@@ -159,6 +178,7 @@ impl ChatFeed {
                 }
             }
             self.settle();
+            self.charge();
             station.at(self.state.seq());
         }
     }
@@ -372,6 +392,15 @@ impl ChatFeed {
                 }
                 self.read_log();
             }
+        }
+    }
+
+    /// Charges what is kept. Over the budget nothing is, once everybody has what it waits for.
+    fn charge(&mut self) {
+        if !self.kept.set(FEED_BYTES + self.state.kept_bytes()) && self.roster.waiting_mut().next().is_none() {
+            sampled::refused("feed_bytes");
+            self.state.forget_kept();
+            self.kept.set(FEED_BYTES);
         }
     }
 

@@ -120,6 +120,17 @@ impl<T: Clone> Window<T> {
         }
     }
 
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Forgets all entries; what comes later is kept again.
+    pub fn clear(&mut self) {
+        self.base = self.last();
+        self.entries = VecDeque::new();
+        self.bytes = 0;
+    }
+
     /// The number before the first entry: whoever is at it or later can be served from here.
     pub fn base(&self) -> i64 {
         self.base
@@ -149,6 +160,10 @@ mod tests {
         assert!(window.after(11).is_none() && window.after(16).is_none());
         window.push(16, 1000);
         assert_eq!(window.after(15).unwrap().copied().collect::<Vec<_>>(), [16], "an oversized entry stays alone");
+        window.clear();
+        assert_eq!((window.base(), window.last(), window.bytes()), (16, 16, 0));
+        window.push(17, 10);
+        assert_eq!(window.after(16).unwrap().copied().collect::<Vec<_>>(), [17]);
     }
 
     #[test]

@@ -153,6 +153,17 @@ impl ChatState {
         }
     }
 
+    /// What is kept for viewers that join or fall behind: events and the snapshot, encoded.
+    pub fn kept_bytes(&self) -> usize {
+        self.window.bytes() + self.snapshot.as_ref().map_or(0, |(_, bytes)| bytes.len())
+    }
+
+    /// Keeps nothing of that: whoever needs it later has it read.
+    pub fn forget_kept(&mut self) {
+        self.window.clear();
+        self.snapshot = None;
+    }
+
     /// A newer snapshot was read.
     pub fn set_snapshot(&mut self, snapshot: pb::ChatSnapshot) {
         self.log_epoch = snapshot.log_epoch;
