@@ -218,6 +218,9 @@ pub struct DaemonStartArgs {
     /// Do not confine shell commands with Landlock.
     #[arg(long)]
     pub no_landlock: bool,
+    /// Offer a root that holds your home directory, the whole system or the daemon's state.
+    #[arg(long)]
+    pub allow_home: bool,
     /// Put an unusable journal aside and begin a new one; calls that ran under the old one become OUTCOME_UNKNOWN.
     #[arg(long)]
     pub reset_journal: bool,

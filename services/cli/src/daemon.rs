@@ -75,6 +75,9 @@ async fn start(global: Global, args: DaemonStartArgs) -> Result<()> {
     if args.no_landlock {
         config.daemon.landlock = false;
     }
+    if args.allow_home {
+        config.daemon.allow_home = true;
+    }
     if !args.root.is_empty() {
         config.daemon.roots = args.root.iter().map(|root| parse_root(root)).collect::<Result<_>>()?;
     }

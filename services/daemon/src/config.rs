@@ -2,10 +2,11 @@
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
-use reliant_types::{Secret, limits};
+use reliant_types::{Secret, environment::may_be_named, limits};
 use serde::{Deserialize, Serialize};
 
 use crate::error::DaemonError;
+pub use crate::tools::sandbox::Network;
 
 /// Roots one daemon offers.
 pub const ROOTS_MAX: usize = 32;
@@ -30,6 +31,15 @@ pub struct DaemonConfig {
     pub landlock_read: Vec<PathBuf>,
     /// Paths that shell commands may write besides the root and temporary files, where Landlock is on.
     pub landlock_write: Vec<PathBuf>,
+    /// Variables that shell commands and MCP servers get besides the harmless ones (the search path, the language,
+    /// proxies, the homes of toolchains), for example `DATABASE_URL`. The others stay with the daemon.
+    pub environment: Vec<String>,
+    /// Whether commands may use the network, where Landlock is on: `open`, or `none` for no TCP.
+    pub network: Network,
+    /// Offer a root that holds the home directory, the whole system or the daemon's own state.
+    pub allow_home: bool,
+    /// MCP servers by name that run without Landlock.
+    pub mcp_unconfined: Vec<String>,
     /// Start the MCP servers of each root's `.mcp.json`, once they are trusted.
     pub mcp: bool,
     /// Calls that run at one time; more are refused.
@@ -66,6 +76,10 @@ impl Default for DaemonConfig {
             landlock: true,
             landlock_read: Vec::new(),
             landlock_write: Vec::new(),
+            environment: Vec::new(),
+            network: Network::Open,
+            allow_home: false,
+            mcp_unconfined: Vec::new(),
             mcp: true,
             max_running: limits::DAEMON_RUNNING_CALLS_MAX,
             journal_max_bytes: 256 * 1024 * 1024,
@@ -108,6 +122,11 @@ impl DaemonConfig {
         }
         if self.max_running == 0 || self.max_running > limits::DAEMON_RUNNING_CALLS_MAX {
             return bad(format!("max_running must be 1 to {}", limits::DAEMON_RUNNING_CALLS_MAX));
+        }
+        if let Some(name) = self.environment.iter().find(|name| !may_be_named(name)) {
+            return bad(format!(
+                "environment names '{name}', which tools never get; name variables of the project, without values"
+            ));
         }
         if let Some(admin) = self.admin.filter(|admin| !admin.ip().is_loopback()) {
             return bad(format!("admin {admin} would be reachable from elsewhere; write 127.0.0.1:port"));
@@ -153,6 +172,9 @@ mod tests {
         assert!(check(|c| c.gateway = String::new()).is_err());
         assert!(check(|c| c.gateway = "localhost:1".into()).is_err());
         assert!(check(|c| c.max_running = 0).is_err());
+        assert!(check(|c| c.environment = vec!["DATABASE_URL".into()]).is_ok());
+        assert!(check(|c| c.environment = vec!["RELIANT_STORE__URL".into()]).is_err());
+        assert!(check(|c| c.environment = vec!["A=b".into()]).is_err());
         assert!(check(|c| c.admin = Some(([127, 0, 0, 1], 0).into())).is_ok());
         assert!(check(|c| c.admin = Some(([0, 0, 0, 0], 7446).into())).is_err());
         assert!(serde_json::from_str::<DaemonConfig>(r#"{"gatewai": "x"}"#).is_err());

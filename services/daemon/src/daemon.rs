@@ -1,6 +1,6 @@
 //! The daemon put together: `build` takes the state directory and recovers, `run` serves until it is told to stop.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use reliant_telemetry::chain;
 use reliant_types::{Incarnation, boxed};
@@ -17,13 +17,15 @@ use crate::{
     roots::Roots,
     state_dir::StateDir,
     status::{self, RootStatus, Status},
-    tools::{Toolbox, sandbox::Sandbox},
+    tools::{Toolbox, environment::hide_own_environment, process, sandbox::Sandbox, tree},
     tunnel::{self, Declared, Shared},
 };
 
 const STATUS_INTERVAL: Duration = Duration::from_millis(500);
 /// Roots' AGENTS.md and the like are looked at this often.
 const DECLARE_INTERVAL: Duration = Duration::from_secs(5);
+/// Between two looks at what runs in the background.
+const SETTLE_INTERVAL: Duration = Duration::from_secs(10);
 const TRIM_INTERVAL: Duration = Duration::from_secs(600);
 /// After the last call ended: for its result to be collected.
 const COLLECT_TIMEOUT: Duration = Duration::from_secs(3);
@@ -48,15 +50,17 @@ pub async fn build(config: DaemonConfig) -> Result<Built, DaemonError> {
     outlive_limits();
     let state_dir = StateDir::open(&config.state_dir)?;
     let dir = state_dir.path().to_owned();
-    let roots = Roots::open(&config.roots)?;
+    let roots = Roots::open_guarded(&config.roots, &dir, config.allow_home)?;
     let journal = Arc::new(Journal::open(&dir, config.journal_max_bytes)?);
-    let mcp = Mcp::new(config.mcp, roots.clone(), dir.clone());
-    let toolbox = Arc::new(Toolbox {
-        mcp: mcp.clone(),
-        files: Arc::default(),
-        sandbox: Sandbox::probe(config.landlock, &config.landlock_read, &config.landlock_write),
-        bench_tools: config.bench_tools,
-    });
+    hide_own_environment();
+    tree::adopt_orphans();
+    let sandbox = Sandbox::probe(&config, &dir);
+    for root in roots.iter() {
+        sandbox.warn_of_root(root.path());
+    }
+    let mcp = Mcp::new(&config, roots.clone(), dir.clone(), sandbox.clone());
+    let toolbox =
+        Arc::new(Toolbox { mcp: mcp.clone(), files: Arc::default(), sandbox, bench_tools: config.bench_tools });
     let calls = Calls::new(Parts {
         journal: journal.clone(),
         outputs: Arc::new(Outputs::new(dir.join("outputs"), config.outputs_max_bytes)),
@@ -132,6 +136,8 @@ impl Built {
             self.mcp.changes(),
         )));
         tokio::spawn(helpers.clone().run_until_cancelled_owned(keep_trimmed(self.calls.clone())));
+        let running_dir = self.state_dir.path().join("running");
+        tokio::spawn(helpers.clone().run_until_cancelled_owned(keep_settled(running_dir)));
         let leave = CancellationToken::new();
         let mut tunnel = tokio::spawn(tunnel::run(self.shared.clone(), leave.clone()));
         let mut tick = tokio::time::interval(STATUS_INTERVAL);
@@ -159,6 +165,8 @@ impl Built {
         };
         helpers.cancel();
         let _ = mcp.await;
+        let dir = self.state_dir.path().join("running");
+        let _ = tokio::task::spawn_blocking(move || process::forget_running(&dir, &tree::kill_background())).await;
         self.write_status(&mut written);
         let journal = self.journal.clone();
         let _ = tokio::task::spawn_blocking(move || journal.close()).await;
@@ -235,6 +243,16 @@ async fn keep_declared(shared: Arc<Shared>, calls: Arc<Calls>, roots: Roots, mut
             }
             changed
         });
+    }
+}
+
+/// Waits for the background processes of calls that have ended.
+async fn keep_settled(running_dir: PathBuf) {
+    loop {
+        tokio::time::sleep(SETTLE_INTERVAL).await;
+        let dir = running_dir.clone();
+        let settle = move || process::forget_running(&dir, &tree::settle_background());
+        let _ = tokio::task::spawn_blocking(settle).await;
     }
 }
 

@@ -18,7 +18,7 @@ mod state_dir;
 mod tools;
 mod tunnel;
 
-pub use config::{DaemonConfig, RootConfig};
+pub use config::{DaemonConfig, Network, RootConfig};
 pub use daemon::{Built, build};
 pub use error::DaemonError;
 pub use journal::reset_journal;

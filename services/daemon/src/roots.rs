@@ -49,6 +49,33 @@ impl Root {
 pub struct Roots(Vec<Arc<Root>>);
 
 impl Roots {
+    /// Opens roots; unless `allow_home` is set, one that holds the home directory or the daemon's state is refused.
+    pub fn open_guarded(configs: &[RootConfig], state_dir: &Path, allow_home: bool) -> Result<Self, DaemonError> {
+        let roots = Self::open(configs)?;
+        if allow_home {
+            return Ok(roots);
+        }
+        let home = std::env::home_dir().and_then(|home| home.canonicalize().ok());
+        for root in roots.iter() {
+            let path = root.path();
+            let what = if path.parent().is_none() {
+                "it is the whole system"
+            } else if home.as_ref().is_some_and(|home| home.starts_with(path)) {
+                "it holds your home directory with its keys and tokens"
+            } else if state_dir.starts_with(path) {
+                "it holds the daemon's state, which says what is trusted"
+            } else if path.starts_with(state_dir) {
+                "it is part of the daemon's state"
+            } else {
+                continue;
+            };
+            let reason =
+                format!("{what}; give a project's directory, or set daemon.allow_home (--allow-home) if you want this");
+            return Err(DaemonError::Root { path: path.to_owned(), reason });
+        }
+        Ok(roots)
+    }
+
     pub fn open(configs: &[RootConfig]) -> Result<Self, DaemonError> {
         let mut roots: Vec<Arc<Root>> = Vec::new();
         let mut names = HashSet::new();
@@ -110,5 +137,24 @@ mod tests {
         assert_eq!(roots.get("").unwrap().declaration().agents_md, "Be brief.");
         assert!(roots.get("../x").is_none());
         assert!(Roots::open(&[RootConfig { name: String::new(), path: dir.path().join("none") }]).is_err());
+    }
+
+    #[test]
+    fn a_root_that_holds_the_home_directory_or_the_state_needs_a_word() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir_path = dir.path().canonicalize().unwrap();
+        let state = dir_path.join("a/state");
+        std::fs::create_dir_all(state.join("running")).unwrap();
+        std::fs::create_dir(dir_path.join("b")).unwrap();
+        let open = |path: &Path, allow: bool| {
+            Roots::open_guarded(&[RootConfig { name: String::new(), path: path.to_owned() }], &state, allow)
+        };
+        assert!(open(&dir_path.join("b"), false).is_ok());
+        let home = std::env::home_dir().unwrap();
+        for bad in ["/".as_ref(), home.as_path(), &dir_path.join("a"), &state, &state.join("running")] {
+            let error = open(bad, false).unwrap_err().to_string();
+            assert!(error.contains("--allow-home"), "{error}");
+            assert!(open(bad, true).is_ok(), "{}", bad.display());
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! Words that every crate shares: the protobuf messages, typed ids, the code table, limits. No I/O here.
 
 pub mod code;
+pub mod environment;
 pub mod id;
 pub mod limits;
 pub mod secret;

@@ -31,12 +31,14 @@ pub use call::McpCall;
 #[cfg(test)]
 pub use schema::is_schema;
 use server::{Server, State};
+use stdio::Launcher;
 use trust::TrustStore;
 
 use crate::{
+    config::DaemonConfig,
     roots::Roots,
     status::McpStatus,
-    tools::{Job, Outcome, process},
+    tools::{Job, Outcome, process, sandbox::Sandbox},
 };
 
 const LOOK_INTERVAL: Duration = Duration::from_secs(2);
@@ -58,6 +60,7 @@ pub struct Mcp {
     enabled: bool,
     roots: Roots,
     state_dir: PathBuf,
+    launcher: Launcher,
     /// By root id and name.
     servers: RwLock<BTreeMap<(String, String), Arc<Server>>>,
     /// Those that do not run, and why.
@@ -69,11 +72,14 @@ pub struct Mcp {
 }
 
 impl Mcp {
-    pub fn new(enabled: bool, roots: Roots, state_dir: PathBuf) -> Arc<Self> {
+    pub fn new(config: &DaemonConfig, roots: Roots, state_dir: PathBuf, sandbox: Sandbox) -> Arc<Self> {
+        let mark = process::server_mark(&state_dir);
+        let launcher = Launcher { sandbox, mark, unconfined: config.mcp_unconfined.clone() };
         Arc::new(Self {
-            enabled,
+            enabled: config.mcp,
             roots,
             state_dir,
+            launcher,
             servers: RwLock::default(),
             idle: RwLock::default(),
             offered: RwLock::default(),
@@ -83,17 +89,12 @@ impl Mcp {
         })
     }
 
-    /// Marks what this state directory's servers carry in their environment.
-    fn mark(&self) -> String {
-        self.state_dir.display().to_string()
-    }
-
     /// Starts, watches and at the end stops the servers.
     pub async fn run(self: Arc<Self>, stop: CancellationToken) {
         if !self.enabled {
             return;
         }
-        let mark = self.mark();
+        let mark = self.launcher.mark.clone();
         let killed = tokio::task::spawn_blocking(move || process::kill_servers(&mark)).await.unwrap_or(0);
         if killed > 0 {
             tracing::info!(killed, "MCP servers of an earlier daemon were ended");
@@ -186,7 +187,7 @@ impl Mcp {
                         mcp.refresh();
                     }
                 };
-                self.tasks.spawn(server.clone().run(self.mark(), refresh));
+                self.tasks.spawn(server.clone().run(self.launcher.clone(), refresh));
                 server
             });
         }

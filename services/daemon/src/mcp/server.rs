@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     config::{Entry, Spec},
     http,
-    stdio::{self, Child},
+    stdio::{self, Child, Launcher},
 };
 use crate::roots::Root;
 
@@ -134,11 +134,11 @@ impl Server {
     }
 
     /// Lives until it is stopped. `changed` is called whenever the tools may have changed.
-    pub async fn run(self: Arc<Self>, server_mark: String, changed: impl Fn() + Send + Sync) {
+    pub async fn run(self: Arc<Self>, launcher: Launcher, changed: impl Fn() + Send + Sync) {
         let mut backoff = BACKOFF_MIN;
         while !self.stop.is_cancelled() {
             let began = Instant::now();
-            let error = match self.life(&server_mark, &changed).await {
+            let error = match self.life(&launcher, &changed).await {
                 Ok(()) if self.stop.is_cancelled() => break,
                 Ok(()) => "it ended".to_owned(),
                 Err(error) => error,
@@ -166,12 +166,12 @@ impl Server {
     }
 
     /// From start to end. `Err` says why it could not start.
-    async fn life(&self, server_mark: &str, changed: &(impl Fn() + Sync)) -> Result<(), String> {
+    async fn life(&self, launcher: &Launcher, changed: &(impl Fn() + Sync)) -> Result<(), String> {
         *self.state.write() = State::Starting;
         let handler = Handler(self.tools_changed.clone());
         match self.entry.spec.as_ref().map_err(Clone::clone)? {
             Spec::Stdio { command, args, env } => {
-                let mut child = Child::spawn(&self.entry.name, command, args, env, self.root.path(), server_mark)?;
+                let mut child = Child::spawn(&self.entry.name, command, args, env, self.root.path(), launcher).await?;
                 let ended = self.connected(child.connect(handler), changed).await;
                 child.end().await;
                 ended

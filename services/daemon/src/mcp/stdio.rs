@@ -1,4 +1,5 @@
-//! MCP over a child process: in a group of its own, without our settings, its stderr in our log, within bounds.
+//! MCP over a child process: in a session of its own, confined as shell commands are unless the configuration names it,
+//! its stderr in our log, within bounds.
 
 use std::{collections::BTreeMap, path::Path, process::Stdio, time::Duration};
 
@@ -13,7 +14,11 @@ use tokio::{
 };
 
 use super::server::{Handler, Service};
-use crate::tools::process::{KILL_GRACE, SERVER_VAR, scrub_env, signal_group};
+use crate::tools::{
+    process::{KILL_GRACE, SERVER_VAR, signal_group},
+    sandbox::{Kind, Sandbox},
+    tree,
+};
 
 /// One message of a server; longer ones are dropped, and their call times out.
 pub const MESSAGE_MAX_BYTES: usize = 8 * 1024 * 1024;
@@ -26,6 +31,16 @@ const END_GRACE: Duration = Duration::from_secs(1);
 /// Resolves when the server's process is gone; never, for a server without one.
 pub type Death = BoxFuture<'static, ()>;
 
+/// How a daemon's servers are started.
+#[derive(Debug, Clone)]
+pub struct Launcher {
+    pub sandbox: Sandbox,
+    /// What each server carries in [`SERVER_VAR`].
+    pub mark: String,
+    /// Servers that run without the sandbox.
+    pub unconfined: Vec<String>,
+}
+
 pub struct Child {
     pid: u32,
     dead: watch::Receiver<bool>,
@@ -33,27 +48,31 @@ pub struct Child {
 }
 
 impl Child {
-    pub fn spawn(
+    pub async fn spawn(
         name: &str,
         program: &str,
         args: &[String],
         env: &BTreeMap<String, String>,
         root: &Path,
-        mark: &str,
+        launcher: &Launcher,
     ) -> Result<Self, String> {
         let mut command = Command::new(program);
-        scrub_env(&mut command);
+        launcher.sandbox.environment().apply(&mut command);
         command
             .args(args)
             .envs(env)
-            .env(SERVER_VAR, mark)
+            .env(SERVER_VAR, &launcher.mark)
             .current_dir(root)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
-            .process_group(0)
             .kill_on_drop(true);
-        let mut child = command.spawn().map_err(|e| format!("'{program}' cannot be started: {e}"))?;
+        let started = if launcher.unconfined.iter().any(|unconfined| unconfined == name) {
+            launcher.sandbox.spawn_unconfined(command)
+        } else {
+            launcher.sandbox.spawn(Kind::Server, command, root).await
+        };
+        let mut child = started.map_err(|e| format!("'{program}' cannot be started: {e}"))?;
         let pid = child.id().ok_or("its process has no pid")?;
         let pipes = child.stdout.take().zip(child.stdin.take());
         if let Some(stderr) = child.stderr.take() {
@@ -62,6 +81,7 @@ impl Child {
         let (died, dead) = watch::channel(false);
         tokio::spawn(async move {
             let _ = child.wait().await;
+            tree::forget(pid);
             died.send_replace(true);
         });
         Ok(Self { pid, dead, pipes })

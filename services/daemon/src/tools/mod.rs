@@ -2,6 +2,9 @@
 //! before a record is written) and run later.
 
 mod edit;
+pub mod environment;
+#[cfg(test)]
+mod escape;
 pub mod files;
 mod grep;
 mod list;
@@ -12,6 +15,7 @@ pub mod sandbox;
 mod schema;
 mod shell;
 mod stoppable;
+pub mod tree;
 mod walk;
 mod write;
 

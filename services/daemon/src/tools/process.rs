@@ -9,6 +9,9 @@ use std::{
 
 use reliant_types::ToolCallId;
 use rustix::process::{Pid, Signal};
+use sha2::{Digest, Sha256};
+
+use super::tree::{self, Started};
 
 /// Marks every process of a call; how its leftovers are found after a crash.
 pub const CALL_ID_VAR: &str = "RELIANT_CALL_ID";
@@ -16,15 +19,6 @@ pub const CALL_ID_VAR: &str = "RELIANT_CALL_ID";
 pub const SERVER_VAR: &str = "RELIANT_MCP_STATE";
 /// Between asking a group to end and ending it.
 pub const KILL_GRACE: Duration = Duration::from_millis(300);
-
-/// Takes our own settings, tokens among them, out of what a child inherits.
-pub fn scrub_env(command: &mut tokio::process::Command) {
-    for (name, _) in std::env::vars_os() {
-        if name.to_string_lossy().starts_with("RELIANT_") {
-            command.env_remove(name);
-        }
-    }
-}
 
 pub fn signal_group(pid: u32, signal: Signal) {
     if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
@@ -39,13 +33,6 @@ fn kill_one(pid: u32) {
     }
 }
 
-/// Clock ticks since boot at which a process started; tells it from a later one with the same pid.
-fn start_time(pid: u32) -> Option<u64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name, in parentheses, may hold anything; fields are counted behind it.
-    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
-}
-
 fn pid_file(dir: &Path, call: ToolCallId) -> PathBuf {
     dir.join(call.to_string())
 }
@@ -58,14 +45,28 @@ pub struct PidFile(PathBuf);
 impl PidFile {
     pub fn write(dir: &Path, call: ToolCallId, pid: u32) -> io::Result<Self> {
         let path = pid_file(dir, call);
-        std::fs::write(&path, format!("{pid} {}", start_time(pid).unwrap_or(0)))?;
+        std::fs::write(&path, format!("{pid} {}", tree::started(pid).map_or(0, |s| s.at)))?;
         Ok(Self(path))
+    }
+
+    /// The file stays: the call has ended, and processes of it run in the background.
+    pub fn keep(mut self) {
+        self.0 = PathBuf::new();
     }
 }
 
 impl Drop for PidFile {
     fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
+        if !self.0.as_os_str().is_empty() {
+            let _ = std::fs::remove_file(&self.0);
+        }
+    }
+}
+
+/// Forgets calls of which nothing runs any more.
+pub fn forget_running(dir: &Path, calls: &[ToolCallId]) {
+    for call in calls {
+        let _ = std::fs::remove_file(pid_file(dir, *call));
     }
 }
 
@@ -127,7 +128,7 @@ pub fn kill_calls(running_dir: &Path, calls: &[ToolCallId]) -> usize {
             if let (Some(pid), Some(started)) = (numbers.next(), numbers.next())
                 && let Ok(pid) = u32::try_from(pid)
                 && started != 0
-                && start_time(pid) == Some(started)
+                && tree::started(pid) == Some(Started { pid, at: started })
             {
                 signal_group(pid, Signal::KILL);
             }
@@ -137,7 +138,12 @@ pub fn kill_calls(running_dir: &Path, calls: &[ToolCallId]) -> usize {
     kill_marked(CALL_ID_VAR, &calls.iter().map(ToString::to_string).collect())
 }
 
+/// The mark of a state directory's servers: it tells the directory from others without naming it.
+pub fn server_mark(state_dir: &Path) -> String {
+    hex::encode(Sha256::digest(state_dir.as_os_str().as_encoded_bytes()))
+}
+
 /// Kills MCP servers that outlived an earlier daemon of this state directory. Blocking.
-pub fn kill_servers(state: &str) -> usize {
-    kill_marked(SERVER_VAR, &HashSet::from([state.to_owned()]))
+pub fn kill_servers(mark: &str) -> usize {
+    kill_marked(SERVER_VAR, &HashSet::from([mark.to_owned()]))
 }

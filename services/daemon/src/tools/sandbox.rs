@@ -1,262 +1,192 @@
-//! Landlock for shell commands: the root and temporary files can be written, toolchains and the system can be read and
-//! run, the rest of the home directory (keys, tokens, other projects) cannot be seen.
+//! Landlock for shell commands and MCP servers: the root, temporary files and caches of the root's own can be written,
+//! toolchains and the system can be read and run, the rest of the home directory (keys, tokens, other projects) cannot be
+//! seen, processes outside cannot be signalled, and no terminal can be reached.
 //!
-//! Landlock binds a thread and what it starts. Each command is therefore started from a thread of its own that has
-//! bound itself first and ends right after; no `unsafe` between fork and exec is needed.
+//! Landlock binds a thread and what it starts. The commands of a root are started by one thread that has bound itself
+//! first, so that a later command can end a server which an earlier one left in the background.
+
+mod caches;
+mod domain;
+mod git;
+mod paths;
 
 use std::{
+    collections::HashMap,
     io,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
-use landlock::{
-    ABI, Access, AccessFs, CompatLevel, Compatible, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetStatus,
-    path_beneath_rules,
-};
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
 use tokio::process::{Child, Command};
 
-/// What is asked for; an older kernel gives as much of it as it has.
-const ABI_WANTED: ABI = ABI::V5;
+use self::domain::{Domain, Rules};
+use super::{environment::Environment, tree};
+use crate::config::DaemonConfig;
 
-const SYSTEM_READ: &[&str] = &[
-    "/usr",
-    "/bin",
-    "/sbin",
-    "/lib",
-    "/lib32",
-    "/lib64",
-    "/etc",
-    "/opt",
-    "/nix",
-    "/snap",
-    "/proc",
-    "/sys",
-    "/dev",
-    "/run/systemd/resolve",
-    "/run/resolvconf",
-    "/run/nscd",
-    "/run/current-system",
-    "/var",
-    "/home/linuxbrew",
-];
-const SYSTEM_WRITE: &[&str] = &[
-    "/tmp",
-    "/var/tmp",
-    "/dev/null",
-    "/dev/zero",
-    "/dev/full",
-    "/dev/random",
-    "/dev/urandom",
-    "/dev/tty",
-    "/dev/ptmx",
-    "/dev/pts",
-    "/dev/shm",
-    "/dev/fd",
-];
-/// Beneath the home directory. Caches that builds fill are writable; places with credentials are not named at all.
-const HOME_READ: &[&str] = &[
-    ".cargo/bin",
-    ".cargo/env",
-    ".cargo/config",
-    ".cargo/config.toml",
-    ".rustup",
-    ".pyenv",
-    ".nvm",
-    ".volta",
-    ".fnm",
-    ".asdf",
-    ".local/bin",
-    ".local/lib",
-    ".local/share/mise",
-    ".local/share/uv",
-    ".local/share/pnpm",
-    ".local/pipx",
-    ".rbenv",
-    ".sdkman",
-    ".jenv",
-    ".goenv",
-    ".deno/bin",
-    ".bun",
-    ".dotnet",
-    ".ghcup",
-    ".opam",
-    ".nix-profile",
-    ".juliaup",
-    "go",
-    ".gitconfig",
-    ".config/git",
-    ".gitignore",
-    ".bashrc",
-    ".profile",
-    ".bash_profile",
-];
-const HOME_WRITE: &[&str] = &[
-    ".cache",
-    ".cargo/registry",
-    ".cargo/git",
-    ".cargo/.package-cache",
-    ".cargo/.package-cache-mutate",
-    ".cargo/.global-cache",
-    ".npm",
-    ".yarn",
-    ".pnpm-store",
-    ".bun/install/cache",
-    ".gradle",
-    ".m2/repository",
-    "go/pkg",
-    ".nuget/packages",
-];
+/// What confined commands may do on the network.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Network {
+    #[default]
+    Open,
+    /// No TCP. UDP is open all the same: Landlock has no rule for it.
+    None,
+}
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Support {
-    SwitchedOff,
-    Absent,
-    Partial,
-    Full,
+/// Who is confined. Each kind has domains of its own: a shell command cannot signal an MCP server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Kind {
+    Shell,
+    Server,
 }
 
 #[derive(Debug, Clone)]
 pub struct Sandbox {
-    support: Support,
+    /// The Landlock ABI in force; 0 where there is none.
+    level: i32,
     read: Vec<PathBuf>,
     write: Vec<PathBuf>,
+    caches: PathBuf,
+    network: Network,
+    environment: Environment,
+    domains: Arc<Mutex<HashMap<(Kind, PathBuf), Domain>>>,
 }
 
+/// Promises that need a newer kernel, by the ABI that brings them.
+const PROMISES: &[(i32, &str)] = &[
+    (3, "files outside the root may be truncated"),
+    (5, "devices outside the root may be controlled"),
+    (6, "processes outside may be signalled, and abstract Unix sockets connected to"),
+    (9, "Unix sockets with a path (ssh-agent, the session bus, docker, tmux) may be connected to"),
+];
+const NETWORK_LEVEL: i32 = 4;
+
 impl Sandbox {
-    /// Finds out once what the kernel gives, and says so in the log.
-    pub fn probe(wanted: bool, extra_read: &[PathBuf], extra_write: &[PathBuf]) -> Self {
-        let support = if wanted { probe_kernel() } else { Support::SwitchedOff };
-        match support {
-            Support::Full => tracing::info!("shell commands run under Landlock"),
-            Support::Partial => tracing::info!("shell commands run under Landlock, as far as this kernel has it"),
-            Support::Absent => {
-                tracing::warn!("this system has no Landlock: shell commands can read and write what you can")
-            }
-            Support::SwitchedOff => {
-                tracing::warn!("Landlock is switched off: shell commands can read and write what you can")
-            }
+    /// Finds out once what the kernel gives, and says in the log what it does not.
+    pub fn probe(config: &DaemonConfig, state_dir: &Path) -> Self {
+        let level = if config.landlock { domain::probe() } else { 0 };
+        match (level, config.landlock) {
+            (0, true) => tracing::warn!("this system has no Landlock: shell commands can read and write what you can"),
+            (0, false) => tracing::warn!("Landlock is switched off: shell commands can read and write what you can"),
+            _ => tracing::info!(abi = level, "shell commands run under Landlock"),
         }
-        let mut sandbox = Self { support, read: extra_read.to_vec(), write: extra_write.to_vec() };
+        let mut missing: Vec<&str> = PROMISES.iter().filter(|(abi, _)| level < *abi).map(|(_, text)| *text).collect();
+        if config.network == Network::None {
+            let text = if level < NETWORK_LEVEL { "the network is open" } else { "the network is open for UDP" };
+            missing.push(text);
+        }
+        if level > 0 && !missing.is_empty() {
+            tracing::warn!(abi = level, missing = missing.join("; "), "this kernel's Landlock leaves something open");
+        }
+        let mut sandbox = Self {
+            level,
+            read: config.landlock_read.clone(),
+            write: config.landlock_write.clone(),
+            caches: state_dir.join("caches"),
+            network: config.network,
+            environment: Environment::new(&config.environment),
+            domains: Arc::default(),
+        };
         if sandbox.is_on() {
-            sandbox.usual_paths();
+            sandbox.read.extend(paths::readable());
+            sandbox.write.extend(paths::writable());
         }
         sandbox
     }
 
     pub fn is_on(&self) -> bool {
-        matches!(self.support, Support::Full | Support::Partial)
+        self.level > 0
+    }
+
+    #[cfg(test)]
+    pub fn level(&self) -> i32 {
+        self.level
+    }
+
+    pub fn environment(&self) -> &Environment {
+        &self.environment
     }
 
     /// For the shell tool's description.
     pub fn sentence(&self) -> &'static str {
-        if self.is_on() {
-            "Commands are confined (Landlock): they can write the project root, temporary files and build caches, and \
-             read the system and toolchains; the rest of the home directory is closed to them, and sudo does not work."
-        } else {
-            "Commands are not confined: they can do all that the daemon's user can."
+        match (self.is_on(), self.network) {
+            (false, _) => "Commands are not confined: they can do all that the daemon's user can.",
+            (true, Network::Open) => {
+                "Commands are confined (Landlock): they can write the project root, temporary files and caches of their \
+                 own, and read the system and toolchains; the rest of the home directory is closed to them, and sudo \
+                 does not work."
+            }
+            (true, Network::None) => {
+                "Commands are confined (Landlock): they can write the project root, temporary files and caches of their \
+                 own, and read the system and toolchains; the rest of the home directory and the network are closed to \
+                 them, and sudo does not work."
+            }
         }
     }
 
-    fn usual_paths(&mut self) {
-        self.read.extend(SYSTEM_READ.iter().map(PathBuf::from));
-        self.write.extend(SYSTEM_WRITE.iter().map(PathBuf::from));
-        self.write.push(std::env::temp_dir());
-        let home = std::env::home_dir().filter(|h| h.is_absolute());
-        if let Some(home) = &home {
-            self.read.extend(HOME_READ.iter().map(|p| home.join(p)));
-            self.write.extend(HOME_WRITE.iter().map(|p| home.join(p)));
-        }
-        for name in
-            ["RUSTUP_HOME", "NVM_DIR", "PYENV_ROOT", "GOROOT", "JAVA_HOME", "VIRTUAL_ENV", "CONDA_PREFIX", "VOLTA_HOME"]
-        {
-            self.read.extend(std::env::var_os(name).map(PathBuf::from).filter(|p| p.is_absolute()));
-        }
-        for name in ["CARGO_TARGET_DIR", "XDG_CACHE_HOME", "GOCACHE", "GOMODCACHE"] {
-            self.write.extend(std::env::var_os(name).map(PathBuf::from).filter(|p| p.is_absolute()));
-        }
-        if let Some(cargo) = std::env::var_os("CARGO_HOME").map(PathBuf::from).filter(|p| p.is_absolute()) {
-            for part in ["bin", "env", "config", "config.toml"] {
-                self.read.push(cargo.join(part));
-            }
-            for part in ["registry", "git", ".package-cache", ".package-cache-mutate", ".global-cache"] {
-                self.write.push(cargo.join(part));
-            }
-        }
-        let path = std::env::var_os("PATH").unwrap_or_default();
-        for dir in std::env::split_paths(&path).filter(|d| d.is_absolute()) {
-            // A tool on the path brings its own lib beside its bin.
-            let prefix = dir.parent().filter(|p| dir.ends_with("bin") && p.components().count() > 2);
-            let is_toolchain = |p: &Path| p.join("lib").is_dir() || p.join("pyvenv.cfg").is_file();
-            let named = |p: &Path| Some(p) == home.as_deref() || p.ends_with(".local") || p.ends_with(".cargo");
-            let open = prefix.filter(|p| is_toolchain(p) && !named(p));
-            self.read.push(open.unwrap_or(&dir).to_owned());
+    /// Says what of a repository a root leaves out: git and shared dependencies lie above it.
+    pub fn warn_of_root(&self, root: &Path) {
+        if let Some(top) = self.is_on().then(|| git::top_above(root)).flatten() {
+            tracing::warn!(
+                root = %root.display(),
+                repository = %top.display(),
+                "this root is below the top of its repository, which commands cannot see: git and what is installed \
+                 above the root do not work; offer the repository as the root, or name it in daemon.landlock_write"
+            );
         }
     }
 
-    /// Starts a command, bound to a root where Landlock is on.
-    pub async fn spawn(&self, mut command: Command, root: &Path) -> io::Result<Child> {
+    /// Starts a command in a session of its own, bound to a root where Landlock is on.
+    pub async fn spawn(&self, kind: Kind, mut command: Command, root: &Path) -> io::Result<Child> {
+        own_session(&mut command);
         if !self.is_on() {
-            return command.spawn();
+            return tree::spawn(&mut command);
         }
-        let mut write = self.write.clone();
-        write.push(root.to_owned());
-        write.extend(git_dirs(root));
-        let read = self.read.clone();
-        let reactor = tokio::runtime::Handle::current();
-        let (done, spawned) = tokio::sync::oneshot::channel();
-        std::thread::Builder::new().name("sandbox".into()).spawn(move || {
-            let _reactor = reactor.enter();
-            let child = match bind_this_thread(&read, &write) {
-                Ok(_) => command.spawn(),
-                Err(e) => Err(io::Error::other(format!("Landlock refused its rules: {e}"))),
-            };
-            let _ = done.send(child);
-        })?;
-        spawned.await.unwrap_or_else(|_| Err(io::Error::other("the starting thread died")))
+        let (sandbox, path) = (self.clone(), root.to_owned());
+        let opened = tokio::task::spawn_blocking(move || sandbox.domain(kind, &path)).await;
+        let (domain, cache) = opened.unwrap_or_else(|_| Err(io::Error::other("the sandbox could not be made")))?;
+        command.envs(caches::variables(&cache));
+        domain.spawn(command).await
+    }
+
+    /// Starts a command of the person's own choice without Landlock.
+    pub fn spawn_unconfined(&self, mut command: Command) -> io::Result<Child> {
+        own_session(&mut command);
+        tree::spawn(&mut command)
+    }
+
+    /// The root's domain as its paths are now: a directory that came or was replaced since makes a new one.
+    fn domain(&self, kind: Kind, root: &Path) -> io::Result<(Domain, PathBuf)> {
+        let cache = caches::open(&self.caches, root)?;
+        let mut rules = Rules::default();
+        rules.read(&self.read);
+        rules.write(&self.write);
+        rules.write([root, &cache]);
+        rules.write_fd(git::common_dir(root));
+        let mut domains = self.domains.lock();
+        let key = (kind, root.to_owned());
+        if let Some(domain) = domains.get(&key).filter(|domain| domain.has(&rules)) {
+            return Ok((domain.clone(), cache));
+        }
+        let domain = Domain::start(rules, self.network)?;
+        domains.insert(key, domain.clone());
+        Ok((domain, cache))
     }
 }
 
-fn bind_this_thread(read: &[PathBuf], write: &[PathBuf]) -> Result<RulesetStatus, landlock::RulesetError> {
-    let status = Ruleset::default()
-        .set_compatibility(CompatLevel::BestEffort)
-        .handle_access(AccessFs::from_all(ABI_WANTED))?
-        .create()?
-        .add_rules(path_beneath_rules(read, AccessFs::from_read(ABI_WANTED)))?
-        .add_rules(path_beneath_rules(write, AccessFs::from_all(ABI_WANTED)))?
-        .restrict_self()?;
-    Ok(status.ruleset)
-}
-
-/// On a thread that ends right after, since there is no way back.
-fn probe_kernel() -> Support {
-    let probe = std::thread::spawn(|| bind_this_thread(&[], &[PathBuf::from("/tmp")]));
-    match probe.join() {
-        Ok(Ok(RulesetStatus::FullyEnforced)) => Support::Full,
-        Ok(Ok(RulesetStatus::PartiallyEnforced)) => Support::Partial,
-        _ => Support::Absent,
-    }
-}
-
-/// A linked worktree keeps its repository elsewhere; git must write there to commit.
-fn git_dirs(root: &Path) -> Vec<PathBuf> {
-    let link = root.join(".git");
-    if !link.is_file() {
-        return Vec::new();
-    }
-    let Some(dir) =
-        std::fs::read_to_string(&link).ok().and_then(|t| Some(t.trim().strip_prefix("gitdir:")?.trim().to_owned()))
-    else {
-        return Vec::new();
+/// Makes a command the leader of a session without a terminal, and the parent of whatever of its descendants loses its
+/// own. Both are kept across `exec` and end with the process.
+#[expect(unsafe_code, reason = "only a hook between fork and exec can start a session in the child")]
+fn own_session(command: &mut Command) {
+    let hook = || {
+        rustix::process::setsid()?;
+        rustix::process::set_child_subreaper(Some(rustix::process::getpid()))?;
+        Ok(())
     };
-    let dir = root.join(dir);
-    // Only what git itself laid out: <repository>/.git/worktrees/<name> that points back to this root.
-    let back = std::fs::read_to_string(dir.join("gitdir")).unwrap_or_default();
-    let points_back = Path::new(back.trim()).canonicalize().ok() == link.canonicalize().ok();
-    let common = dir.canonicalize().ok().and_then(|d| Some(d.parent()?.parent()?.to_owned()));
-    match common {
-        Some(common) if points_back && common.join("objects").is_dir() => vec![common],
-        _ => Vec::new(),
-    }
+    // SAFETY: the hook makes three system calls; it takes no lock and allocates nothing.
+    unsafe { command.pre_exec(hook) };
 }
 
 #[cfg(test)]
@@ -266,7 +196,7 @@ mod tests {
     async fn shell(sandbox: &Sandbox, root: &Path, script: &str) -> bool {
         let mut command = Command::new("bash");
         command.arg("-c").arg(script).current_dir(root).stderr(std::process::Stdio::null());
-        sandbox.spawn(command, root).await.unwrap().wait().await.unwrap().success()
+        sandbox.spawn(Kind::Shell, command, root).await.unwrap().wait().await.unwrap().success()
     }
 
     #[tokio::test]
@@ -276,7 +206,13 @@ mod tests {
         std::fs::write(elsewhere.path().join("id_ed25519"), "key").unwrap();
         let root = elsewhere.path().join("root");
         std::fs::create_dir(&root).unwrap();
-        let sandbox = Sandbox::probe(true, &[], &[]);
+        let state = tempfile::tempdir().unwrap();
+        let probe = |change: &dyn Fn(&mut DaemonConfig)| {
+            let mut config = DaemonConfig::default();
+            change(&mut config);
+            Sandbox::probe(&config, state.path())
+        };
+        let sandbox = probe(&|_| ());
         if !sandbox.is_on() {
             return;
         }
@@ -288,12 +224,12 @@ mod tests {
         assert!(!shell(&sandbox, &root, "echo x > ../new").await);
         assert!(!shell(&sandbox, &root, "echo x > /etc/reliant-test").await);
         // What it starts is bound too, and the daemon itself is not.
-        assert!(!shell(&sandbox, &root, "setsid python3 -c \"open('../id_ed25519')\"").await);
+        assert!(!shell(&sandbox, &root, "setsid -w python3 -c \"open('../id_ed25519')\"").await);
         assert!(std::fs::read(elsewhere.path().join("id_ed25519")).is_ok());
 
-        let open = Sandbox::probe(false, &[], &[]);
+        let open = probe(&|c| c.landlock = false);
         assert!(shell(&open, &root, "cat ../id_ed25519").await);
-        let extra = Sandbox::probe(true, &[elsewhere.path().to_owned()], &[]);
+        let extra = probe(&|c| c.landlock_read.push(elsewhere.path().to_owned()));
         assert!(shell(&extra, &root, "cat ../id_ed25519").await);
         assert!(!shell(&extra, &root, "echo x > ../new").await);
     }

@@ -1,7 +1,7 @@
-//! `shell`: a command in a process group of its own, its output streamed while it runs.
+//! `shell`: a command in a session of its own, its output streamed while it runs.
 //!
-//! A call ends when the shell has: what it left in the background may keep the pipes open, and is not waited for. On
-//! timeout or cancel the whole group is killed, and whatever of the call has left the group.
+//! A call ends when the shell has: what it left in the background may keep the pipes open, is not waited for, and is
+//! counted in the result. On timeout or cancel every process of the call is killed.
 
 use std::{os::unix::process::ExitStatusExt, process::Stdio, time::Duration};
 
@@ -17,8 +17,9 @@ use tracing::Instrument;
 
 use super::{
     Job, Outcome,
-    process::{CALL_ID_VAR, KILL_GRACE, PidFile, kill_calls, scrub_env, signal_group},
-    sandbox::Sandbox,
+    process::{CALL_ID_VAR, KILL_GRACE, PidFile, kill_calls, signal_group},
+    sandbox::{Kind, Sandbox},
+    tree::{self, Started},
 };
 use crate::output::{Block, Gather};
 
@@ -57,9 +58,9 @@ fn shell() -> &'static str {
     bash.into_iter().find(|path| std::path::Path::new(path).exists()).unwrap_or("sh")
 }
 
-fn command(args: &Args, job: &Job) -> Command {
+fn command(args: &Args, job: &Job, sandbox: &Sandbox) -> Command {
     let mut command = Command::new(shell());
-    scrub_env(&mut command);
+    sandbox.environment().apply(&mut command);
     command
         .arg("-c")
         .arg(&args.command)
@@ -74,8 +75,7 @@ fn command(args: &Args, job: &Job) -> Command {
         .env("GIT_TERMINAL_PROMPT", "0")
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .process_group(0);
+        .stderr(Stdio::piped());
     if !job.traceparent.is_empty() {
         command.env("TRACEPARENT", &job.traceparent);
     }
@@ -93,15 +93,25 @@ pub async fn run(args: Args, job: Job, sandbox: &Sandbox) -> Outcome {
         otel.status_code = tracing::field::Empty,
     );
     async {
-        let mut child = match sandbox.spawn(command(&args, &job), job.root.path()).await {
+        let mut child = match sandbox.spawn(Kind::Shell, command(&args, &job, sandbox), job.root.path()).await {
             Ok(child) => child,
             Err(e) => return Outcome::failed(Code::ToolFailed, format!("the shell could not be started: {e}")),
         };
         let Some(pid) = child.id() else { return Outcome::failed(Code::Internal, "the shell has no pid") };
         tracing::Span::current().record("process.pid", pid);
-        let _pid_file = PidFile::write(&job.running_dir, job.call, pid);
+        let leader = tree::started(pid).unwrap_or(Started { pid, at: u64::MAX });
+        let pid_file = PidFile::write(&job.running_dir, job.call, pid);
         let mut gather = Gather::new(job.hub.clone(), job.output.clone());
-        let end = pump(&mut child, pid, &mut gather, timeout, &job).await;
+        let mut end = pump(&mut child, pid, &mut gather, timeout, &job).await;
+        end.left = settle(leader, &job, end.stop.is_some()).await;
+        if end.status.is_some() {
+            tree::forget(pid);
+        }
+        if let Ok(pid_file) = pid_file
+            && end.left > 0
+        {
+            pid_file.keep();
+        }
         gather.flush();
         gather.lengths();
         say_end(&end);
@@ -120,6 +130,24 @@ enum Stop {
 struct End {
     stop: Option<Stop>,
     status: Option<std::process::ExitStatus>,
+    /// Processes of the call that are alive.
+    left: usize,
+}
+
+/// Kills what a stopped call started, or counts what an ended one left running.
+async fn settle(leader: Started, job: &Job, stopped: bool) -> usize {
+    let (dir, call) = (job.running_dir.clone(), job.call);
+    let settled = tokio::task::spawn_blocking(move || {
+        if stopped {
+            let left = tree::kill(call, Some(leader));
+            // Processes that had left the shell before it became their parent carry the call's mark.
+            kill_calls(&dir, &[call]);
+            left
+        } else {
+            tree::left_behind(call, leader)
+        }
+    });
+    settled.await.unwrap_or(0)
 }
 
 /// Tells the process's span how it ended.
@@ -166,7 +194,7 @@ async fn pump(child: &mut Child, pid: u32, gather: &mut Gather, timeout: Duratio
     let (mut out, mut err) = (vec![0; READ_BYTES], vec![0; READ_BYTES]);
     let mut lengths = tokio::time::interval_at(Instant::now() + limits::LENGTH_INTERVAL, limits::LENGTH_INTERVAL);
     let deadline = Instant::now() + timeout;
-    let mut end = End { stop: None, status: None };
+    let mut end = End { stop: None, status: None, left: 0 };
     // The shell has ended: no longer than this for the pipes. It was asked to end: no longer than this until the kill.
     let (mut grace, mut kill_at) = (None, None);
     loop {
@@ -205,10 +233,6 @@ async fn pump(child: &mut Child, pid: u32, gather: &mut Gather, timeout: Duratio
             }
         }
     }
-    if end.stop.is_some() {
-        let (dir, call) = (job.running_dir.clone(), job.call);
-        let _ = tokio::task::spawn_blocking(move || kill_calls(&dir, &[call])).await;
-    }
     end
 }
 
@@ -216,17 +240,25 @@ fn outcome(end: End, gather: &Gather, timeout: Duration) -> Outcome {
     let mut content = gather.output().shown(limits::TOOL_RESULT_MAX_BYTES - NOTE_MAX_BYTES);
     let code = end.status.and_then(|s| s.code());
     let signal = end.status.and_then(|s| s.signal());
-    let note = match (end.stop, code, signal) {
-        (Some(Stop::Cancelled), ..) => "[cancelled; the command and all it started were killed]".into(),
-        (Some(Stop::TimedOut), ..) => {
-            format!("[timed out after {} s; the command and all it started were killed]", timeout.as_secs_f32())
-        }
+    let killed = match end.left {
+        0 => "the command and all it started were killed".to_owned(),
+        left => format!("{left} of its processes could not be killed and may still run"),
+    };
+    let mut note: String = match (end.stop, code, signal) {
+        (Some(Stop::Cancelled), ..) => format!("[cancelled; {killed}]"),
+        (Some(Stop::TimedOut), ..) => format!("[timed out after {} s; {killed}]", timeout.as_secs_f32()),
         (None, Some(0), _) if content.is_empty() => "(no output)".into(),
         (None, Some(0), _) => String::new(),
         (None, Some(code), _) => format!("[exit code {code}]"),
         (None, None, Some(signal)) => format!("[killed by signal {signal}]"),
         (None, None, None) => "[ended in an unknown way]".into(),
     };
+    if end.stop.is_none() && end.left > 0 {
+        let (count, verb) =
+            if end.left == 1 { ("1 process".to_owned(), "runs") } else { (format!("{} processes", end.left), "run") };
+        let gap = if note.is_empty() { "" } else { "\n" };
+        note = format!("{note}{gap}[{count} of it still {verb} in the background, until the daemon stops]");
+    }
     if !note.is_empty() {
         if !content.is_empty() && content.last() != Some(&b'\n') {
             content.push(b'\n');

@@ -14,9 +14,9 @@ use reliant_types::{Code, ToolCallId, limits, pb};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
-use super::{Job, Outcome, Toolbox, sandbox::Sandbox};
+use super::{Job, Outcome, Toolbox, process, sandbox::Sandbox, tree};
 use crate::{
-    config::RootConfig,
+    config::{DaemonConfig, RootConfig},
     mcp::Mcp,
     output::{LiveHub, Outputs},
     roots::Roots,
@@ -48,10 +48,12 @@ impl Fixture {
         symlink("../secret", dir.path().join("root/link")).unwrap();
         let roots = Roots::open(&[RootConfig { name: "r".into(), path: dir.path().join("root") }]).unwrap();
         let state = dir.path().join("state");
+        let config = DaemonConfig { landlock: false, ..DaemonConfig::default() };
+        let sandbox = Sandbox::probe(&config, &state);
         let toolbox = Toolbox {
-            mcp: Mcp::new(true, roots.clone(), state.clone()),
+            mcp: Mcp::new(&config, roots.clone(), state.clone(), sandbox.clone()),
             files: Arc::default(),
-            sandbox: Sandbox::probe(false, &[], &[]),
+            sandbox,
             bench_tools: true,
         };
         let outputs = Arc::new(Outputs::new(state.join("outputs"), 1 << 30));
@@ -214,7 +216,69 @@ async fn a_background_process_does_not_hold_the_call() {
     let began = Instant::now();
     let outcome = fixture.run("shell", json!({"command": "sleep 5 & echo started"})).await;
     assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
-    assert_eq!((outcome.status, &outcome.content[..]), (pb::ToolCallStatus::Succeeded, &b"started\n"[..]));
+    let text = String::from_utf8(outcome.content.to_vec()).unwrap();
+    let note = "[1 process of it still runs in the background, until the daemon stops]";
+    assert_eq!((outcome.status, text), (pb::ToolCallStatus::Succeeded, format!("started\n{note}")));
+}
+
+/// Waits for a file of the root with a pid in it.
+async fn pid_in(fixture: &Fixture, file: &str) -> u32 {
+    let read = async {
+        loop {
+            let text = std::fs::read_to_string(fixture.path(file)).unwrap_or_default();
+            if let Ok(pid) = text.trim().parse() {
+                return pid;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), read).await.expect(file)
+}
+
+fn lives(pid: u32) -> bool {
+    std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z"))
+}
+
+/// Leaves its group, its session, its parent and its environment.
+fn runaway(file: &str) -> String {
+    format!("(env -i setsid sh -c 'echo $$ > {file}; trap \"\" TERM; while :; do sleep 1; done' > /dev/null 2>&1 &); ")
+}
+
+#[tokio::test]
+async fn a_stopped_call_takes_its_runaways_with_it_and_leaves_those_of_others() {
+    tree::adopt_orphans();
+    let fixture = Fixture::new();
+    let kept =
+        fixture.run("shell", json!({"command": runaway("kept") + "until test -s kept; do sleep 0.01; done"})).await;
+    let kept_pid = pid_in(&fixture, "kept").await;
+    let text = String::from_utf8(kept.content.to_vec()).unwrap();
+    assert!(text.contains("still run"), "{text}");
+
+    for (file, timeout, ending) in [("a", 60_000, "sleep 60"), ("b", 1_000, "sleep 60"), ("c", 60_000, "kill -9 $$")] {
+        let cancel = CancellationToken::new();
+        let job = fixture.job(Duration::from_millis(timeout), &cancel);
+        let script = format!("{}until test -s {file}; do sleep 0.01; done; {ending}", runaway(file));
+        let prepared = fixture.toolbox.prepare(&job.root, "shell", &json!({"command": script}).to_string()).unwrap();
+        let stop = async {
+            let pid = pid_in(&fixture, file).await;
+            if file == "a" {
+                cancel.cancel();
+            }
+            pid
+        };
+        let (outcome, pid) = tokio::join!(fixture.toolbox.run(prepared, job), stop);
+        let text = String::from_utf8(outcome.content.to_vec()).unwrap();
+        match file {
+            "a" | "b" => assert!(!lives(pid) && text.contains("all it started were killed"), "{text}"),
+            _ => assert!(text.contains("still run"), "{text}"),
+        }
+        assert!(lives(kept_pid), "{file}");
+    }
+    let running = fixture.dir.path().join("state/running");
+    assert_eq!(std::fs::read_dir(&running).unwrap().count(), 2);
+    tokio::task::spawn_blocking(move || process::forget_running(&running, &tree::kill_background())).await.unwrap();
+    assert!(!lives(kept_pid) && !lives(pid_in(&fixture, "c").await));
+    assert_eq!(std::fs::read_dir(fixture.dir.path().join("state/running")).unwrap().count(), 0);
 }
 
 fn resident_kib() -> u64 {
