@@ -37,6 +37,7 @@ pub async fn run(args: DemoArgs) -> Result<()> {
         trust_mcp: true,
         usual_ports: false,
         observe: false,
+        environment: Vec::new(),
         config: None,
     };
     let up = up::start(plan).await?;

@@ -15,7 +15,10 @@ use reliant_runtime::Drain;
 use reliant_store::{Store, StoreConfig};
 use serde::{Deserialize, Serialize};
 
-use crate::args::{Global, UpArgs};
+use crate::{
+    args::{Global, UpArgs},
+    config::Config,
+};
 
 /// What `reliant up` leaves for other commands on this machine, readable by its person alone.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -75,6 +78,8 @@ pub struct Plan {
     pub trust_mcp: bool,
     pub usual_ports: bool,
     pub observe: bool,
+    /// Variables that the daemon and its tools get besides the harmless ones.
+    pub environment: Vec<String>,
     pub config: Option<PathBuf>,
 }
 
@@ -96,6 +101,7 @@ pub async fn run(global: Global, args: UpArgs) -> Result<()> {
     let drain = Drain::new();
     drain.watch_signals().context("could not listen for Ctrl-C")?;
     let started = Instant::now();
+    let environment = Config::load(&global)?.daemon.environment;
     let plan = Plan {
         data_dir,
         tools_dir: args.tools_dir,
@@ -103,6 +109,7 @@ pub async fn run(global: Global, args: UpArgs) -> Result<()> {
         trust_mcp: args.trust_mcp,
         usual_ports: true,
         observe: args.observe,
+        environment,
         config: global.config,
     };
     let up = tokio::select! {
@@ -199,6 +206,7 @@ pub async fn start(plan: Plan) -> Result<Up> {
         token: secret,
         state_dir,
         roots: vec![(root_name, plan.root.clone())],
+        environment: plan.environment,
         extra_config: String::new(),
     };
     let daemon = progress("daemon", mesh.start_daemon(daemon)).await?;

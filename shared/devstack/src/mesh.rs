@@ -55,6 +55,8 @@ pub struct RoleSpec {
     /// Without `--address-file`, which is added where `addresses` is set.
     pub args: Vec<OsString>,
     pub env: Vec<(OsString, OsString)>,
+    /// Variables of this process that the role gets; `None`: all.
+    pub inherits: Option<Vec<String>>,
     /// The role tells its addresses, and has an admin listener.
     pub addresses: bool,
     /// Holds the log and the address file.
@@ -98,6 +100,7 @@ impl RoleProcess {
             program: spec.binary.clone(),
             args,
             env: spec.env.clone(),
+            inherits: spec.inherits.clone(),
             working_dir: spec.working_dir.clone(),
             log: spec.dir.join("logs").join(format!("{}.log", spec.name)),
             append_log,

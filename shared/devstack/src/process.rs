@@ -42,6 +42,8 @@ pub(crate) struct Launch {
     pub program: PathBuf,
     pub args: Vec<OsString>,
     pub env: Vec<(OsString, OsString)>,
+    /// Variables of this process that the child gets; `None`: all.
+    pub inherits: Option<Vec<String>>,
     pub working_dir: PathBuf,
     pub log: PathBuf,
     /// A restart keeps what the log says already.
@@ -50,10 +52,14 @@ pub(crate) struct Launch {
 
 impl Process {
     pub fn start(launch: Launch) -> Result<Self, StackError> {
-        let Launch { name, identity, program, args, env, working_dir, log, append_log } = launch;
+        let Launch { name, identity, program, args, env, inherits, working_dir, log, append_log } = launch;
         let out = open_log(&log, append_log)?;
         let err = out.try_clone().map_err(StackError::io("open", &log))?;
         let leashed = leash::spawn(identity, &program.clone().into_os_string(), &args, move |command| {
+            if let Some(names) = inherits {
+                command.env_clear();
+                command.envs(names.iter().filter_map(|name| Some((name, std::env::var_os(name)?))));
+            }
             command.stdout(out).stderr(err).current_dir(working_dir).envs(env);
         })
         .map_err(|source| StackError::Spawn { program: program.display().to_string(), source })?;

@@ -1,6 +1,9 @@
 //! A whole mesh of role processes over given servers: what `reliant up`, `reliant demo` and the tests start.
 
-use reliant_types::boxed;
+use reliant_types::{
+    boxed,
+    environment::{is_harmless, may_be_named},
+};
 use std::{
     ffi::OsString,
     fmt::Write as _,
@@ -106,6 +109,7 @@ impl Mesh {
             quoted(&daemon.state_dir.to_string_lossy()),
             quoted(&if self.spec.usual_ports { usual(7447) } else { "127.0.0.1:0".to_owned() }),
         );
+        let _ = writeln!(text, "environment = {}", serde_json::Value::from(daemon.environment.clone()));
         text.push_str(&daemon.extra_config);
         for (name, path) in &daemon.roots {
             let _ = write!(
@@ -124,6 +128,7 @@ impl Mesh {
         let mut spec = role(&self.spec, &config, "daemon", 0);
         spec.name = daemon.name;
         spec.addresses = false;
+        spec.inherits = Some(daemon_variables(&daemon.environment));
         spec.args.extend(["daemon".into(), "start".into()]);
         if let Some((_, path)) = daemon.roots.first() {
             spec.working_dir = path.clone();
@@ -151,8 +156,20 @@ pub struct DaemonSpec {
     pub state_dir: PathBuf,
     /// Name and directory of each root.
     pub roots: Vec<(String, PathBuf)>,
+    /// Variables of this process that the daemon and its tools get besides the harmless ones.
+    pub environment: Vec<String>,
     /// More keys of `[daemon]`.
     pub extra_config: String,
+}
+
+/// The names of this process's variables that a daemon gets. Keys of model providers and addresses of databases are for
+/// the other roles: the daemon runs what models ask for.
+fn daemon_variables(named: &[String]) -> Vec<String> {
+    let own = |name: &str| name.starts_with("RELIANT_DAEMON__") || name.starts_with("RELIANT_TELEMETRY__");
+    std::env::vars_os()
+        .filter_map(|(name, _)| name.into_string().ok())
+        .filter(|name| is_harmless(name) || own(name) || (may_be_named(name) && named.contains(name)))
+        .collect()
 }
 
 fn url(role: &RoleProcess) -> String {
@@ -178,6 +195,7 @@ fn role(spec: &MeshSpec, config: &Path, role: &'static str, index: usize) -> Rol
         binary: spec.binary.clone(),
         args,
         env,
+        inherits: None,
         addresses: true,
         dir: spec.dir.clone(),
         working_dir: spec.dir.clone(),

@@ -392,6 +392,7 @@ impl Arena {
                 token: made.token.clone(),
                 state_dir: state_dir.clone(),
                 roots: vec![("project".into(), root.clone())],
+                environment: Vec::new(),
                 extra_config: String::new(),
             })
             .await?;

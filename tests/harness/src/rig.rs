@@ -240,6 +240,7 @@ impl Rig {
                 token: made.token.clone(),
                 state_dir: state_dir.clone(),
                 roots: vec![("project".into(), root.clone())],
+                environment: Vec::new(),
                 extra_config: options.config,
             })
             .await?;
