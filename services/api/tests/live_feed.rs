@@ -22,6 +22,7 @@ use reliant_store::{Claim, Committed, Look, NewAssistant, NewBlock, Store, Store
 use reliant_telemetry::metrics;
 use reliant_types::{ChatId, Code, InstanceId, MessageId, Secret, TurnId, UserId, limits, pb};
 use tonic::{Request, Streaming, transport::Channel};
+use tower::ServiceExt as _;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 const MODEL: &str = "sim/text";
@@ -585,6 +586,29 @@ async fn what_is_not_ones_own_or_too_large_is_refused() -> Result<()> {
         }
     };
     assert_eq!(rpc::failure(&status).code, Code::Draining, "{status:?}");
+    Ok(())
+}
+
+/// Subscribes with headers alone; how the server ends it.
+async fn without_request(person: &Person) -> Result<Code> {
+    let never = futures::stream::pending::<Result<http_body::Frame<bytes::Bytes>, tonic::Status>>();
+    let request = http::Request::post("http://api/reliant.v1.UpdateService/Subscribe")
+        .header("content-type", "application/grpc")
+        .header("authorization", format!("Bearer {}", person.token))
+        .body(tonic::body::Body::new(http_body_util::StreamBody::new(never)))?;
+    let response = tokio::time::timeout(PATIENCE, person.channel.clone().oneshot(request)).await??;
+    let status = tonic::Status::from_header_map(response.headers()).context("no status")?;
+    Ok(rpc::failure(&status).code)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_whose_request_never_comes_counts_at_once_and_is_ended() -> Result<()> {
+    let bench = Bench::with(ApiLimits { user_streams: 1, ..ApiLimits::default() }).await?;
+    let ada = bench.person("ada").await?;
+    let ended = futures::try_join!(without_request(&ada), without_request(&ada))?;
+    let expected = [Code::DeadlineExceeded, Code::QueueFull];
+    assert!([ended.into(), [ended.1, ended.0]].contains(&expected), "{ended:?}");
+    ada.subscribe(pb::SubscribeRequest { chats: Vec::new(), feed: Some(pb::FeedCursor::default()) }).await?;
     Ok(())
 }
 

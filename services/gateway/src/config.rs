@@ -36,7 +36,8 @@ impl Default for GatewayConfig {
             admin: SocketAddr::from(([127, 0, 0, 1], 7443)),
             max_daemons: limits::GATEWAY_DAEMONS_MAX,
             public_streams: PUBLIC_STREAMS_MAX,
-            attempts: AttemptLimits::default(),
+            // All daemons of a large office come back at once.
+            attempts: AttemptLimits { at_once: 1024, ..AttemptLimits::default() },
             connections: ConnectionLimits::default(),
             admissions: 32,
             drain: Duration::from_secs(15),

@@ -39,7 +39,7 @@ const KNOWN_FOR: Duration = Duration::from_secs(600);
 const CACHE_MAX: usize = 16_384;
 const REFUSED_MAX: usize = 4096;
 /// Different tokens asked about at one time; past it the caller is told to come back.
-const IN_FLIGHT_MAX: usize = 1024;
+const IN_FLIGHT_MAX: usize = 2048;
 /// How often the store is asked for revocations that streams must learn of.
 const REVOCATION_POLL: Duration = Duration::from_millis(500);
 /// A poll looks back past the last one by so much: a transaction may commit after its timestamp.

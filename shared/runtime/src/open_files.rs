@@ -1,5 +1,6 @@
 //! The process's limit of open files. A connection is a file, and the soft limit of many systems is 1,024.
 
+use reliant_telemetry::chain;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// What a process has open beside its connections: pools, logs, listeners.
@@ -11,7 +12,7 @@ pub fn raise(connections: usize) {
     if limit.current != limit.maximum
         && let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit })
     {
-        tracing::warn!(%error, "the limit of open files could not be raised to the hard limit");
+        tracing::warn!(error = %chain(&error), "the limit of open files could not be raised to the hard limit");
     }
     let now = getrlimit(Resource::Nofile).current;
     if !fits(now, connections) {
