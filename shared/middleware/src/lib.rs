@@ -1,7 +1,7 @@
 //! Tower layers that every gRPC front of reliant stands behind, and who its caller is.
 //!
-//! From the outside in: trace context, metrics, access log, catch panic, load shed, timeout (unary only), auth, rate
-//! limit, handler ([`stack`]). A layer that refuses a call answers with a gRPC status in a trailers-only response, with
+//! From the outside in: trace context, metrics, access log, catch panic, load shed, timeout (unary only), the
+//! deadline of a stream's request, auth, rate limit, handler ([`stack`]). A layer that refuses a call answers with a gRPC status in a trailers-only response, with
 //! details, and never with an error of the transport: clients and browsers read the reason. A stream is measured and
 //! counted until its body ends or is dropped, not until its headers are out.
 
