@@ -66,6 +66,7 @@ async fn trips(bench: &Bench, report: &mut Report) -> Result<()> {
             call_id: result.call_id.clone(),
             generation: result.generation,
             outcome: pb::AckOutcome::Committed.into(),
+            acknowledged_at_ms: 0,
         };
         received.reply(&bus, &ack).await?;
         if number >= warm_up {
@@ -96,6 +97,7 @@ fn dispatch(call: ToolCallId, user: &str, incarnation: &str, root_id: &str) -> p
         turn_id: reliant_types::TurnId::new().to_string(),
         iteration: 0,
         index: 0,
+        dispatched_at_ms: 0,
     };
     pb::ToolRequest { request: Some(pb::tool_request::Request::Dispatch(dispatch)) }
 }

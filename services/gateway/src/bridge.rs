@@ -143,6 +143,7 @@ async fn deliver(
                     call_id: result.call_id.clone(),
                     generation: result.generation,
                     outcome: ack.outcome,
+                    acknowledged_at_ms: ack.acknowledged_at_ms,
                 });
             }
             Err(error) => {

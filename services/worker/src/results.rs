@@ -84,6 +84,7 @@ async fn acknowledge(engine: &Engine, received: Received<ResultSubject>, outcome
         call_id: received.message.call_id.clone(),
         generation: received.message.generation,
         outcome: outcome as i32,
+        acknowledged_at_ms: chrono::Utc::now().timestamp_millis(),
     };
     if let Err(error) = received.reply(&engine.bus, &ack).await {
         tracing::debug!(error = %chain(&error), tool.call_id = %received.topic.call, "an acknowledgement was not sent; the result comes again");

@@ -308,6 +308,7 @@ async fn send(tx: &mut ChatTx, target: Target, ids: &[Uuid], traces: &[String]) 
             turn_id: row.turn_id.to_string(),
             iteration: row.iteration,
             index: row.index,
+            dispatched_at_ms: now.timestamp_millis(),
         },
         daemon: DaemonId(daemon),
         chat: tx.chat.chat(),

@@ -286,14 +286,15 @@ async fn journals(subject: &Subject<'_>, found: &mut Findings) -> Result<()> {
         let dir = host.state_dir.clone();
         let read = tokio::task::spawn_blocking(move || {
             let journal = Journal::open(&dir, JOURNAL_MAX_BYTES)?;
-            let contents = (journal.calls(), journal.tombstones());
+            let contents = (journal.calls(), journal.tombstones(), journal.floor_ms());
             journal.close();
             Ok::<_, reliant_daemon::journal::JournalError>(contents)
         });
         match read.await? {
-            Ok((calls, tombstones)) => {
+            Ok((calls, tombstones, floor_ms)) => {
                 let notes = notes_of(calls, tombstones);
-                let whole = subject.tally.losses_of(&host.role.name).is_empty();
+                // A journal that has run for long says nothing of what ended long ago.
+                let whole = subject.tally.losses_of(&host.role.name).is_empty() && floor_ms == 0;
                 let own = rows.iter().filter(|row| row.daemon.is_some_and(|daemon| daemon.to_string() == host.id));
                 let wrong = contradictions(&notes, &own.collect::<Vec<_>>(), whole);
                 found.broken.extend(wrong.into_iter().map(|text| format!("the journal of {} {text}", host.name)));

@@ -167,7 +167,7 @@ impl Calls {
         }
         let repeatable = is_read_only(&dispatch.tool);
         let mut running = self.running.lock();
-        let prepared = match self.journal.decide(id, dispatch.generation, repeatable) {
+        let prepared = match self.journal.decide(id, dispatch.generation, repeatable, dispatch.dispatched_at_ms) {
             Decision::Start => Some(self.prepare(&dispatch, running.len())?),
             _ => None,
         };
@@ -176,6 +176,7 @@ impl Calls {
             tool: dispatch.tool.clone(),
             repeatable,
             started_ms: now_ms(),
+            dispatched_ms: dispatch.dispatched_at_ms,
             chat_id: dispatch.chat_id.clone(),
             user_id: dispatch.user_id.clone(),
             traceparent: trace.traceparent.clone(),
@@ -223,6 +224,10 @@ impl Calls {
                 Ok((pb::DispatchOutcome::Finished, waits.boxed()))
             }
             (Decision::Tombstone, _) => Ok((pb::DispatchOutcome::Tombstone, durable(ticket))),
+            // As for a lack of room, the cloud sends again what it still wants to run.
+            (Decision::Stale, _) => {
+                Err(Failure::new(Code::QueueFull, "the dispatch came too late to be believed; nothing was started"))
+            }
             (Decision::Full, _) => Err(JournalError::Full.failure().retry_after(Duration::from_secs(10))),
             // Only this function starts calls, under the lock that it holds.
             (Decision::Start, None) => Err(Failure::new(Code::Internal, "the call was not prepared")),
@@ -276,7 +281,7 @@ impl Calls {
             pb::AckOutcome::Discarded => false,
             pb::AckOutcome::Unspecified => return,
         };
-        if self.journal.acknowledge(id, ack.generation, committed) {
+        if self.journal.acknowledge(id, ack.generation, committed, ack.acknowledged_at_ms) {
             self.outbox.remove(id);
         }
     }

@@ -83,6 +83,7 @@ impl Daemon {
             call_id: result.call_id.clone(),
             generation: result.generation,
             outcome: outcome as i32,
+            acknowledged_at_ms: 0,
         });
     }
 

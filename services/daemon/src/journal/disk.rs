@@ -20,9 +20,11 @@ const FORMAT: u32 = 1;
 const CACHE_BYTES: usize = 8 * 1024 * 1024;
 
 const META: TableDefinition<&str, &[u8]> = TableDefinition::new("meta");
+/// A key of `meta`; what it means is said at [`Write::Floor`].
+const FLOOR: &str = "floor";
 const CALLS: TableDefinition<u128, &[u8]> = TableDefinition::new("calls");
 const RESULTS: TableDefinition<u128, &[u8]> = TableDefinition::new("results");
-/// Generation, time, whether it ran.
+/// Generation, time, whether it ran. The time of a settled call is stored negative.
 const TOMBSTONES: TableDefinition<u128, (i64, i64, bool)> = TableDefinition::new("tombstones");
 
 /// A row of `calls`.
@@ -51,6 +53,8 @@ struct CallRow {
     unknown: bool,
     #[prost(int64, tag = "11")]
     parked_at_ms: i64,
+    #[prost(int64, tag = "12")]
+    dispatched_ms: i64,
 }
 
 impl From<&Entry> for CallRow {
@@ -66,6 +70,7 @@ impl From<&Entry> for CallRow {
             tool: h.tool,
             repeatable: h.repeatable,
             started_ms: h.started_ms,
+            dispatched_ms: h.dispatched_ms,
             chat_id: h.chat_id,
             user_id: h.user_id,
             traceparent: h.traceparent,
@@ -92,6 +97,7 @@ impl TryFrom<CallRow> for Entry {
             tool: row.tool,
             repeatable: row.repeatable,
             started_ms: row.started_ms,
+            dispatched_ms: row.dispatched_ms,
             chat_id: row.chat_id,
             user_id: row.user_id,
             traceparent: row.traceparent,
@@ -259,8 +265,13 @@ impl Disk {
         }
         for row in txn.open_table(TOMBSTONES)?.iter()? {
             let (key, value) = row?;
-            let (generation, at_ms, ran) = value.value();
-            state.apply(&Write::Tombstone(id(key.value()), Tombstone { generation, at_ms, ran }));
+            let (generation, at, ran) = value.value();
+            let tombstone = Tombstone { generation, at_ms: at.saturating_abs(), ran, settled: at < 0 };
+            state.apply(&Write::Tombstone(id(key.value()), tombstone));
+        }
+        let meta = txn.open_table(META)?;
+        if let Some(floor) = meta.get(FLOOR)?.and_then(|v| v.value().try_into().ok()) {
+            state.apply(&Write::Floor(i64::from_be_bytes(floor)));
         }
         Ok(state)
     }
@@ -291,8 +302,13 @@ impl Disk {
                         opened(&txn, RESULTS, &mut results)?.remove(id.0.as_u128())?;
                     }
                     Write::Tombstone(id, t) => {
-                        opened(&txn, TOMBSTONES, &mut tombstones)?
-                            .insert(id.0.as_u128(), (t.generation, t.at_ms, t.ran))?;
+                        opened(&txn, TOMBSTONES, &mut tombstones)?.insert(
+                            id.0.as_u128(),
+                            (t.generation, if t.settled { -t.at_ms } else { t.at_ms }, t.ran),
+                        )?;
+                    }
+                    Write::Floor(at_ms) => {
+                        txn.open_table(META)?.insert(FLOOR, at_ms.to_be_bytes().as_slice())?;
                     }
                     Write::DropTombstone(id) => {
                         opened(&txn, TOMBSTONES, &mut tombstones)?.remove(id.0.as_u128())?;

@@ -95,14 +95,14 @@ impl Journal {
     }
 
     /// What a dispatch would be answered, without doing it.
-    pub fn decide(&self, id: ToolCallId, generation: i64, repeatable: bool) -> Decision {
-        self.shared.queue.lock().state.decide(id, generation, repeatable)
+    pub fn decide(&self, id: ToolCallId, generation: i64, repeatable: bool, dispatched_ms: i64) -> Decision {
+        self.shared.queue.lock().state.decide(id, generation, repeatable, dispatched_ms)
     }
 
     /// The decision holds once the ticket is durable.
     pub fn dispatch(&self, id: ToolCallId, header: Header) -> Result<(Decision, Ticket), JournalError> {
         let mut queue = self.shared.queue.lock();
-        let would = queue.state.decide(id, header.generation, header.repeatable);
+        let would = queue.state.decide(id, header.generation, header.repeatable, header.dispatched_ms);
         if would == Decision::Start {
             if let Some(error) = &queue.failing {
                 return Err(error.clone());
@@ -143,10 +143,11 @@ impl Journal {
         Ok((outcome, ticket))
     }
 
-    /// False: the word was of an older generation, or of a call that is not finished.
-    pub fn acknowledge(&self, id: ToolCallId, generation: i64, committed: bool) -> bool {
+    /// `cloud_ms`: when, by the cloud's clock; 0 where it did not say. False: the word was of an older generation, or of a
+    /// call that is not finished.
+    pub fn acknowledge(&self, id: ToolCallId, generation: i64, committed: bool, cloud_ms: i64) -> bool {
         let mut queue = self.shared.queue.lock();
-        let Some(writes) = queue.state.acknowledge(id, generation, committed, now_ms()) else { return false };
+        let Some(writes) = queue.state.acknowledge(id, generation, committed, now_ms(), cloud_ms) else { return false };
         let _lazy = self.push(&mut queue, Kind::Lazy, writes);
         true
     }
@@ -169,6 +170,11 @@ impl Journal {
     /// Every call that is done with here, or must not start.
     pub fn tombstones(&self) -> Vec<(ToolCallId, Tombstone)> {
         self.shared.queue.lock().state.tombstones().collect()
+    }
+
+    /// Calls that the cloud ended before this time, by its clock, may have left the journal.
+    pub fn floor_ms(&self) -> i64 {
+        self.shared.queue.lock().state.floor_ms()
     }
 
     /// Bytes that count against the limit.

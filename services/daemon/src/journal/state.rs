@@ -3,13 +3,28 @@
 //!
 //! The invariant: a call that is not repeatable is started at most once, whatever generations, cancels,
 //! acknowledgements and crashes come in whatever order.
+//!
+//! What ended is remembered for ever, and costs little. The store dispatches no call that it has ended, so all that may
+//! still come of one is a dispatch that was on its way, and that one says when it was written. The tombstone of a call
+//! that the cloud acknowledged as ended has the time of the acknowledgement. After an hour, or when there are too many,
+//! it is dropped, and the floor rises to its time: a dispatch of a call that is not known here starts nothing unless it
+//! was written after the floor. All these times are of the cloud's clock; a wrong clock of this machine makes the floor
+//! rise sooner or later, and never lets a call start twice.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 use reliant_types::{ToolCallId, limits};
 
-/// A late dispatch does nothing for so long.
+/// A call that the cloud has not ended, as far as is known here, may be dispatched again for so long.
 pub const TOMBSTONE_KEEP_MS: i64 = 30 * 24 * 3600 * 1000;
+/// A call that the cloud has ended has its own tombstone for so long; the floor stands for it from then on.
+pub const SETTLED_KEEP_MS: i64 = 3600 * 1000;
+/// Tombstones of such calls; past that the oldest goes first, into the floor.
+const SETTLED_MAX: usize = 65_536;
+/// No more than this part of the journal's limit goes to them.
+const SETTLED_SHARE: u64 = 8;
+/// How far the clocks of the cloud's machines are apart, at most.
+const CLOUD_SKEW_MS: i64 = 10 * 1000;
 /// A discarded result stays so long: a newer generation of its call may still ask for it.
 pub const PARKED_KEEP_MS: i64 = 3600 * 1000;
 /// Counted for each call besides its result, and for each tombstone.
@@ -26,6 +41,8 @@ pub struct Header {
     /// One of our own read-only tools.
     pub repeatable: bool,
     pub started_ms: i64,
+    /// When this generation was written, by the cloud's clock; 0: a worker of an older version did not say.
+    pub dispatched_ms: i64,
     pub chat_id: String,
     pub user_id: String,
     pub traceparent: String,
@@ -57,9 +74,12 @@ pub struct Entry {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Tombstone {
     pub generation: i64,
+    /// By this machine's clock; of a settled call by the cloud's, and then no dispatch of the call is newer.
     pub at_ms: i64,
     /// It ran here: it starts again only if repeatable.
     pub ran: bool,
+    /// The cloud has ended the call, and makes no dispatch of it any more; one may still be on its way.
+    pub settled: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,6 +91,8 @@ pub enum Decision {
     Finished,
     /// Overtaken, cancelled or done with: nothing happens.
     Tombstone,
+    /// As old as calls whose tombstones are gone: it may be of one of them. The cloud sends it anew if it is not.
+    Stale,
     /// No room for another call and its result.
     Full,
 }
@@ -94,12 +116,18 @@ pub enum Write {
     Forget(ToolCallId),
     Tombstone(ToolCallId, Tombstone),
     DropTombstone(ToolCallId),
+    /// Unknown calls start only if their dispatch is newer.
+    Floor(i64),
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct State {
     calls: HashMap<ToolCallId, Entry>,
     tombstones: HashMap<ToolCallId, Tombstone>,
+    /// Those of settled calls, by age.
+    settled: BTreeSet<(i64, ToolCallId)>,
+    /// The newest dispatch, by the cloud's clock, that a settled call without a tombstone may have.
+    floor_ms: i64,
     bytes: u64,
     max_bytes: u64,
 }
@@ -114,7 +142,14 @@ fn cost(phase: Phase) -> u64 {
 
 impl State {
     pub fn new(max_bytes: u64) -> Self {
-        Self { calls: HashMap::new(), tombstones: HashMap::new(), bytes: 0, max_bytes }
+        Self {
+            calls: HashMap::new(),
+            tombstones: HashMap::new(),
+            settled: BTreeSet::new(),
+            floor_ms: 0,
+            bytes: 0,
+            max_bytes,
+        }
     }
 
     /// Takes up one change, from the disk or from a step of its own.
@@ -133,15 +168,21 @@ impl State {
                 }
             }
             Write::Tombstone(id, tombstone) => {
-                if self.tombstones.insert(*id, *tombstone).is_none() {
-                    self.bytes += TOMBSTONE_BYTES;
+                match self.tombstones.insert(*id, *tombstone) {
+                    Some(old) => drop(self.settled.remove(&(old.at_ms, *id))),
+                    None => self.bytes += TOMBSTONE_BYTES,
+                }
+                if tombstone.settled {
+                    self.settled.insert((tombstone.at_ms, *id));
                 }
             }
             Write::DropTombstone(id) => {
-                if self.tombstones.remove(id).is_some() {
+                if let Some(old) = self.tombstones.remove(id) {
                     self.bytes -= TOMBSTONE_BYTES;
+                    self.settled.remove(&(old.at_ms, *id));
                 }
             }
+            Write::Floor(at_ms) => self.floor_ms = *at_ms,
         }
     }
 
@@ -164,6 +205,10 @@ impl State {
         self.tombstones.iter().map(|(id, tombstone)| (*id, *tombstone))
     }
 
+    pub fn floor_ms(&self) -> i64 {
+        self.floor_ms
+    }
+
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
@@ -179,7 +224,7 @@ impl State {
     }
 
     /// What [`State::dispatch`] would answer, without doing it.
-    pub fn decide(&self, id: ToolCallId, generation: i64, repeatable: bool) -> Decision {
+    pub fn decide(&self, id: ToolCallId, generation: i64, repeatable: bool, dispatched_ms: i64) -> Decision {
         if let Some(tombstone) = self.tombstones.get(&id)
             && (tombstone.generation >= generation || (tombstone.ran && !repeatable))
         {
@@ -196,6 +241,7 @@ impl State {
                     Decision::Finished
                 }
             }
+            None if dispatched_ms > 0 && dispatched_ms <= self.floor_ms => Decision::Stale,
             None => self.room(),
         }
     }
@@ -210,7 +256,7 @@ impl State {
 
     /// A dispatch came. `Start` and a generation that rose must be durable before the answer leaves.
     pub fn dispatch(&mut self, id: ToolCallId, header: Header) -> (Decision, Vec<Write>) {
-        let decision = self.decide(id, header.generation, header.repeatable);
+        let decision = self.decide(id, header.generation, header.repeatable, header.dispatched_ms);
         let writes = match decision {
             Decision::Start => {
                 let mut writes = Vec::with_capacity(2);
@@ -226,6 +272,7 @@ impl State {
                 Some(entry) => {
                     let mut taken = entry.clone();
                     taken.header.generation = header.generation;
+                    taken.header.dispatched_ms = header.dispatched_ms;
                     if let Phase::Parked { bytes, unknown, .. } = taken.phase {
                         taken.phase = Phase::Finished { bytes, unknown };
                     }
@@ -233,7 +280,7 @@ impl State {
                 }
                 None => Vec::new(),
             },
-            Decision::Tombstone | Decision::Full => Vec::new(),
+            Decision::Tombstone | Decision::Stale | Decision::Full => Vec::new(),
         };
         (decision, self.step(writes))
     }
@@ -246,7 +293,7 @@ impl State {
         let generation = header.generation - 1;
         if generation > old.map_or(0, |t| t.generation) {
             let ran = old.is_some_and(|t| t.ran);
-            writes.push(Write::Tombstone(id, Tombstone { generation, at_ms: header.started_ms, ran }));
+            writes.push(Write::Tombstone(id, Tombstone { generation, at_ms: header.started_ms, ran, settled: false }));
         }
         self.step(writes)
     }
@@ -275,19 +322,29 @@ impl State {
                 (if old.ran { Cancelled::Known } else { Cancelled::Unknown }, Vec::new())
             }
             Some(old) => {
-                let writes = vec![Write::Tombstone(id, Tombstone { generation, at_ms: now_ms, ran: old.ran })];
+                let at_ms = if old.settled { old.at_ms } else { now_ms };
+                let writes = vec![Write::Tombstone(id, Tombstone { generation, at_ms, ..old })];
                 (if old.ran { Cancelled::Known } else { Cancelled::Unknown }, self.step(writes))
             }
             None => {
-                let writes = vec![Write::Tombstone(id, Tombstone { generation, at_ms: now_ms, ran: false })];
+                let writes =
+                    vec![Write::Tombstone(id, Tombstone { generation, at_ms: now_ms, ran: false, settled: false })];
                 (Cancelled::Unknown, self.step(writes))
             }
         }
     }
 
-    /// The cloud took the result (`committed`) or threw it away. `None`: the word is of an older generation.
-    /// Need not be synced: a lost acknowledgement means one more offer.
-    pub fn acknowledge(&mut self, id: ToolCallId, generation: i64, committed: bool, now_ms: i64) -> Option<Vec<Write>> {
+    /// The cloud took the result (`committed`, with which it ended the call, at `cloud_ms` by its clock or earlier) or
+    /// threw it away. `None`: the word is of an older generation. Need not be synced: a lost acknowledgement means one
+    /// more offer.
+    pub fn acknowledge(
+        &mut self,
+        id: ToolCallId,
+        generation: i64,
+        committed: bool,
+        now_ms: i64,
+        cloud_ms: i64,
+    ) -> Option<Vec<Write>> {
         let entry = self.calls.get(&id)?;
         let Phase::Finished { bytes, unknown } = entry.phase else { return None };
         if entry.header.generation > generation {
@@ -295,12 +352,33 @@ impl State {
         }
         let writes = if committed {
             let generation = entry.header.generation;
-            vec![Write::Forget(id), Write::Tombstone(id, Tombstone { generation, at_ms: now_ms, ran: true })]
+            let settled = cloud_ms > 0;
+            let at_ms = if settled { cloud_ms.saturating_add(CLOUD_SKEW_MS) } else { now_ms };
+            vec![Write::Forget(id), Write::Tombstone(id, Tombstone { generation, at_ms, ran: true, settled })]
         } else {
             let phase = Phase::Parked { bytes, unknown, at_ms: now_ms };
             vec![Write::Entry(id, Entry { header: entry.header.clone(), phase })]
         };
-        Some(self.step(writes))
+        let mut writes = self.step(writes);
+        writes.extend(self.lower(i64::MIN));
+        Some(writes)
+    }
+
+    /// Settled calls of before a time, and the oldest of too many, lose their tombstones; the floor rises to them. Both
+    /// are written in one transaction.
+    fn lower(&mut self, before_ms: i64) -> Vec<Write> {
+        let share = (self.max_bytes / SETTLED_SHARE / TOMBSTONE_BYTES).min(SETTLED_MAX as u64) as usize;
+        let too_many = self.settled.len().saturating_sub(share);
+        let old = self.settled.iter().enumerate().take_while(|(n, (at_ms, _))| *n < too_many || *at_ms < before_ms);
+        let (mut floor_ms, mut writes) = (self.floor_ms, Vec::new());
+        for (_, (at_ms, id)) in old {
+            floor_ms = floor_ms.max(*at_ms);
+            writes.push(Write::DropTombstone(*id));
+        }
+        if floor_ms > self.floor_ms {
+            writes.push(Write::Floor(floor_ms));
+        }
+        self.step(writes)
     }
 
     /// Old tombstones go, old parked results become tombstones.
@@ -308,7 +386,7 @@ impl State {
         let mut writes: Vec<Write> = self
             .tombstones
             .iter()
-            .filter(|(_, t)| now_ms - t.at_ms > TOMBSTONE_KEEP_MS)
+            .filter(|(_, t)| !t.settled && now_ms - t.at_ms > TOMBSTONE_KEEP_MS)
             .map(|(id, _)| Write::DropTombstone(*id))
             .collect();
         for (id, entry) in &self.calls {
@@ -317,9 +395,11 @@ impl State {
             {
                 writes.push(Write::Forget(*id));
                 let generation = entry.header.generation;
-                writes.push(Write::Tombstone(*id, Tombstone { generation, at_ms: now_ms, ran: true }));
+                writes.push(Write::Tombstone(*id, Tombstone { generation, at_ms: now_ms, ran: true, settled: false }));
             }
         }
-        self.step(writes)
+        let mut writes = self.step(writes);
+        writes.extend(self.lower(now_ms - SETTLED_KEEP_MS));
+        writes
     }
 }

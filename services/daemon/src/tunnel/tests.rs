@@ -49,6 +49,7 @@ impl Line {
             call_id: result.call_id.clone(),
             generation: result.generation,
             outcome: pb::AckOutcome::Committed as i32,
+            acknowledged_at_ms: 0,
         };
         self.send(0, Down::ResultAck(ack)).await;
     }

@@ -153,7 +153,7 @@ fn steps(seed: &[(u8, u8)]) -> Vec<Vec<Write>> {
                     state.dispatch(id, header(*generation, false)).1
                 }
                 1 => state.finish(id, vec![*what; usize::from(*n) * 20], false).unwrap_or_default(),
-                2 => state.acknowledge(id, *generation, what % 8 == 2, 0).unwrap_or_default(),
+                2 => state.acknowledge(id, *generation, what % 8 == 2, 0, 0).unwrap_or_default(),
                 _ => state.cancel(id, *generation, 0).1,
             }
         })

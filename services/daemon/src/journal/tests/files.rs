@@ -28,7 +28,7 @@ async fn a_journal_outlives_its_process() {
     let again = Journal::open(dir.path(), u64::MAX).unwrap();
     assert_eq!(again.incarnation(), incarnation);
     assert_eq!(again.running().len(), 2);
-    assert_eq!(again.decide(call(1), 1, false), Decision::Attached);
+    assert_eq!(again.decide(call(1), 1, false, 0), Decision::Attached);
 }
 
 #[test]
