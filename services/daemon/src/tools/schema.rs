@@ -57,7 +57,7 @@ pub fn own(sandbox: &Sandbox, bench_tools: bool) -> Vec<pb::ToolDeclaration> {
         ),
         tool(
             "write_file",
-            "Writes a whole file, replacing what was there; makes missing directories.".into(),
+            "Writes a whole file, replacing what was there; makes missing directories. Refused once when the file changed since it was last read.".into(),
             json!({
                 "path": path("The file"),
                 "content": {"type": "string", "description": "The file's whole content"},
