@@ -1,4 +1,5 @@
-//! MCP over streamable HTTP. A lost session is not replayed by the transport: whether a call ran is ours to say.
+//! MCP over streamable HTTP. Redirects are followed on the server's own host and port only, as the transport's client has
+//! it: a header may be a secret. A lost session is not replayed by the transport: whether a call ran is ours to say.
 
 use std::{collections::BTreeMap, collections::HashMap};
 

@@ -17,7 +17,10 @@ mod tests;
 use std::{
     collections::{BTreeMap, HashSet},
     path::PathBuf,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -44,6 +47,8 @@ use crate::{
 const LOOK_INTERVAL: Duration = Duration::from_secs(2);
 /// All MCP tools' declarations together: they travel in one frame.
 const DECLARATIONS_MAX_BYTES: usize = 1024 * 1024;
+/// A file's author chooses part of a warning's text.
+const WARNING_MAX_CHARS: usize = 2000;
 const STOP_TIMEOUT: Duration = Duration::from_secs(4);
 
 /// One tool under the name that models see.
@@ -67,7 +72,10 @@ pub struct Mcp {
     idle: RwLock<Vec<McpStatus>>,
     offered: RwLock<Arc<Vec<Offered>>>,
     changed: watch::Sender<u64>,
-    said: Mutex<HashSet<String>>,
+    /// What was warned of at the last look, and in this one.
+    warned: Mutex<[HashSet<String>; 2]>,
+    /// More tools are offered than can be declared.
+    too_many: AtomicBool,
     tasks: TaskTracker,
 }
 
@@ -84,7 +92,8 @@ impl Mcp {
             idle: RwLock::default(),
             offered: RwLock::default(),
             changed: watch::Sender::new(0),
-            said: Mutex::default(),
+            warned: Mutex::default(),
+            too_many: AtomicBool::new(false),
             tasks: TaskTracker::new(),
         })
     }
@@ -100,11 +109,11 @@ impl Mcp {
             tracing::info!(killed, "MCP servers of an earlier daemon were ended");
         }
         while !stop.is_cancelled() {
-            self.look();
-            tokio::select! {
-                () = stop.cancelled() => {}
-                () = tokio::time::sleep(LOOK_INTERVAL) => {}
-            }
+            // Off the reactor, and given up on at the end: the files may be on a file system that does not answer.
+            let (mcp, stopped) = (self.clone(), stop.clone());
+            let look = tokio::task::spawn_blocking(move || mcp.look(&stopped));
+            let _ = stop.run_until_cancelled(look).await;
+            let _ = stop.run_until_cancelled(tokio::time::sleep(LOOK_INTERVAL)).await;
         }
         for server in std::mem::take(&mut *self.servers.write()).into_values() {
             server.stop.cancel();
@@ -113,18 +122,29 @@ impl Mcp {
         let _ = tokio::time::timeout(STOP_TIMEOUT, self.tasks.wait()).await;
     }
 
-    /// Once per text, so that a file that stays wrong does not fill the log.
-    fn say_once(&self, text: String) {
-        if self.said.lock().insert(text.clone()) {
+    /// Once for as long as it stays so: a file that stays wrong does not fill the log, and one that changes all the time
+    /// does not fill the memory.
+    fn warn_once(&self, text: &str) {
+        let text: String = text.chars().filter(|c| !c.is_control()).take(WARNING_MAX_CHARS).collect();
+        let mut warned = self.warned.lock();
+        let [before, now] = &mut *warned;
+        if now.insert(text.clone()) && !before.contains(&text) {
             tracing::warn!("{text}");
         }
     }
 
+    fn look(self: &Arc<Self>, stop: &CancellationToken) {
+        self.compare(stop);
+        let mut warned = self.warned.lock();
+        let [before, now] = &mut *warned;
+        *before = std::mem::take(now);
+    }
+
     /// Brings what runs in line with the files and with what is trusted.
-    fn look(self: &Arc<Self>) {
+    fn compare(self: &Arc<Self>, stop: &CancellationToken) {
         let trusted = match TrustStore::load(&self.state_dir) {
             Ok(trusted) => trusted,
-            Err(error) => return self.say_once(error.to_string()),
+            Err(error) => return self.warn_once(&error.to_string()),
         };
         let mut wanted = BTreeMap::new();
         let mut idle = Vec::new();
@@ -132,7 +152,7 @@ impl Mcp {
             let entries = match config::read(&root.confine) {
                 Ok(entries) => entries,
                 Err(error) => {
-                    self.say_once(format!("the MCP servers of {} are not started: {error}", root.path().display()));
+                    self.warn_once(&format!("the MCP servers of {} are not started: {error}", root.path().display()));
                     continue;
                 }
             };
@@ -145,7 +165,7 @@ impl Mcp {
                     error: error.into(),
                 };
                 if let Err(error) = &entry.spec {
-                    self.say_once(format!(
+                    self.warn_once(&format!(
                         "the MCP server '{}' of {} is not started: {error}",
                         entry.name,
                         root.path().display()
@@ -154,7 +174,7 @@ impl Mcp {
                 } else if trusted.has(&entry) {
                     wanted.insert((root.id.clone(), entry.name.clone()), (root.clone(), entry));
                 } else {
-                    self.say_once(format!(
+                    self.warn_once(&format!(
                         "the MCP server '{}' of {} would run `{}`; if you trust it: reliant daemon trust {} --server {}",
                         entry.name,
                         root.path().display(),
@@ -168,6 +188,10 @@ impl Mcp {
         }
         *self.idle.write() = idle;
         let mut servers = self.servers.write();
+        // Those that run are ended by now; a late look starts none behind their back.
+        if stop.is_cancelled() {
+            return;
+        }
         let before = servers.len();
         servers.retain(|key, server| {
             let stays = wanted.get(key).is_some_and(|(_, entry)| *entry == server.entry);
@@ -202,6 +226,7 @@ impl Mcp {
         let servers: Vec<_> = self.servers.read().values().cloned().collect();
         let mut offered = Vec::new();
         let mut budget = DECLARATIONS_MAX_BYTES;
+        let mut too_many = false;
         for root in self.roots.iter() {
             let tools: Vec<_> = servers
                 .iter()
@@ -213,12 +238,15 @@ impl Mcp {
             for ((server, tool), name) in tools.into_iter().zip(names) {
                 let cost = tool.description.len() + tool.schema.len() + 200;
                 if cost > budget || offered.len() >= limits::DAEMON_TOOLS_MAX {
-                    self.say_once("the MCP servers offer more tools than can be declared; the rest is left out".into());
+                    too_many = true;
                     continue;
                 }
                 budget -= cost;
                 offered.push(Offered { root_id: root.id.clone(), name, server, tool });
             }
+        }
+        if too_many && !self.too_many.swap(too_many, Ordering::Relaxed) {
+            tracing::warn!("the MCP servers offer more tools than can be declared; the rest is left out");
         }
         *self.offered.write() = Arc::new(offered);
         self.changed.send_modify(|n| *n += 1);

@@ -1,6 +1,15 @@
 //! MCP servers as they are: good, slow, dead and lying. The server is a script of ours; real ones come end to end.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    collections::HashSet,
+    io::{Read, Write},
+    net::TcpListener,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use reliant_types::{Code, limits, pb};
 use serde_json::{Value, json};
@@ -200,5 +209,52 @@ async fn a_server_over_http_is_called_and_its_death_is_told_as_it_is() {
     let gone = world.fixture.run_for("mcp__s__echo", json!({}), Duration::from_secs(30)).await;
     let text = String::from_utf8_lossy(&gone.content);
     assert_eq!((gone.status, gone.code), (pb::ToolCallStatus::Failed, Some(Code::McpServerFailed)), "{text}");
+    world.end().await;
+}
+
+#[tokio::test]
+async fn a_file_that_changes_all_the_time_does_not_fill_the_memory() {
+    let fixture = Fixture::new();
+    let mcp = fixture.toolbox.mcp.clone();
+    let stop = CancellationToken::new();
+    let warned = || mcp.warned.lock().iter().map(HashSet::len).sum::<usize>();
+    for n in 0..100 {
+        let long = "x".repeat(100_000);
+        let servers = json!({"a": {"command": format!("run {n}")}, "b": {"command": format!("${{NO_{n}_{long}}}")}});
+        std::fs::write(fixture.path(".mcp.json"), json!({"mcpServers": servers}).to_string()).unwrap();
+        mcp.look(&stop);
+        assert_eq!(warned(), 2);
+        // What stays so is not said again.
+        mcp.look(&stop);
+        assert_eq!(warned(), 2);
+    }
+    let longest = mcp.warned.lock().iter().flatten().map(String::len).max();
+    assert!(longest.is_some_and(|len| len <= 2000), "{longest:?}");
+}
+
+#[tokio::test]
+async fn a_redirect_does_not_take_the_headers_to_another_host() {
+    let (entrance, elsewhere) = (TcpListener::bind("127.0.0.1:0").unwrap(), TcpListener::bind("127.0.0.1:0").unwrap());
+    let url = format!("http://{}/mcp", entrance.local_addr().unwrap());
+    let target = format!("http://{}/mcp", elsewhere.local_addr().unwrap());
+    elsewhere.set_nonblocking(true).unwrap();
+    let asked = Arc::new(AtomicUsize::new(0));
+    let count = asked.clone();
+    std::thread::spawn(move || {
+        for stream in entrance.incoming() {
+            let mut stream = stream.unwrap();
+            let mut head = [0; 4096];
+            let read = stream.read(&mut head).unwrap();
+            assert!(String::from_utf8_lossy(&head[..read]).contains("x-key: secret"));
+            let answer = format!("HTTP/1.1 307 Elsewhere\r\nlocation: {target}\r\ncontent-length: 0\r\n\r\n");
+            stream.write_all(answer.as_bytes()).unwrap();
+            count.fetch_add(1, Ordering::SeqCst);
+        }
+    });
+    let world = World::start(json!({"s": {"type": "http", "url": url, "headers": {"x-key": "secret"}}}));
+    assert_eq!(trust(&world.fixture.dir.path().join("state"), &world.fixture.path(""), None).unwrap(), ["s"]);
+    world.until(|w| w.fixture.toolbox.mcp.status().iter().any(|s| s.state == "down")).await;
+    assert!(asked.load(Ordering::SeqCst) > 0);
+    assert_eq!(elsewhere.accept().unwrap_err().kind(), std::io::ErrorKind::WouldBlock, "nobody came");
     world.end().await;
 }
