@@ -245,6 +245,9 @@ pub struct DaemonTrustArgs {
     /// The root whose `.mcp.json` is meant.
     #[arg(default_value = ".")]
     pub root: PathBuf,
+    /// Do not ask.
+    #[arg(long)]
+    pub yes: bool,
     /// Only this server; default: all of the file.
     #[arg(long)]
     pub server: Option<String>,

@@ -1,7 +1,7 @@
 //! `reliant daemon …`: identity, start, and a look at the one that runs.
 
 use std::{
-    io::{Read as _, Seek as _, SeekFrom},
+    io::{IsTerminal as _, Read as _, Seek as _, SeekFrom},
     net::SocketAddr,
     path::PathBuf,
     sync::Arc,
@@ -200,12 +200,37 @@ fn trust(global: &Global, args: DaemonTrustArgs) -> Result<()> {
     let dir = state_dir(global, &args.state)?;
     let root = std::fs::canonicalize(&args.root)
         .with_context(|| format!("the directory {} cannot be opened", args.root.display()))?;
-    let trusted = reliant_daemon::trust(&dir, &root, args.server.as_deref())?;
-    if trusted.is_empty() {
-        say("nothing to trust: .mcp.json names no server that was not trusted before");
+    let mut pending = reliant_daemon::pending_trust(&dir, &root)?;
+    if let Some(name) = &args.server {
+        pending.retain(|server| server.name == *name);
     }
-    for server in trusted {
-        say(&format!("trusted: {server}; it may start from now on, until its entry in .mcp.json changes"));
+    if pending.is_empty() {
+        say("nothing to trust: .mcp.json names no such server that was not trusted before");
+        return Ok(());
+    }
+    for server in &pending {
+        say(&format!("{}: {}", server.name, server.summary));
+    }
+    if !args.yes && !agreed()? {
+        bail!("nothing was trusted");
+    }
+    reliant_daemon::trust(&dir, &root, &pending)?;
+    for server in pending {
+        say(&format!(
+            "trusted: {}; it may start from now on, until its entry in .mcp.json or a file of the root that it names changes",
+            server.name
+        ));
     }
     Ok(())
+}
+
+/// Asks at the terminal; without one nobody can have seen what is shown.
+fn agreed() -> Result<bool> {
+    if !std::io::stdin().is_terminal() {
+        bail!("there is no terminal to ask at; give --yes to trust what is shown");
+    }
+    say("trust this? [y/N]");
+    let mut answer = String::new();
+    std::io::stdin().read_line(&mut answer).context("the answer could not be read")?;
+    Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
 }

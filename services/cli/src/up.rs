@@ -197,7 +197,12 @@ pub async fn start(plan: Plan) -> Result<Up> {
     let (_, secret) = store.register_daemon(user, &hostname(), true).await?;
     let state_dir = plan.data_dir.join("daemon");
     if plan.trust_mcp {
-        reliant_daemon::trust(&state_dir, &plan.root, None).context("the MCP servers of the root cannot be trusted")?;
+        let pending = reliant_daemon::pending_trust(&state_dir, &plan.root)?;
+        for server in &pending {
+            say(&format!("trusted: {} ({})", server.name, server.summary));
+        }
+        reliant_daemon::trust(&state_dir, &plan.root, &pending)
+            .context("the MCP servers of the root cannot be trusted")?;
     }
     let root_name = plan.root.file_name().map_or_else(|| "root".into(), |name| name.to_string_lossy().into_owned());
     let daemon = DaemonSpec {

@@ -198,7 +198,8 @@ impl Store {
                 own => own,
             };
             sqlx::query!(
-                "UPDATE daemons SET incarnation = $2, instance = $3, hostname = $4, os = $5, version = $6, declarations = $7,
+                "UPDATE daemons SET incarnation = $2, instance = $3, hostname = $4, os = $5, version = $6,
+                                    declarations = CASE WHEN declarations = $7 THEN declarations ELSE $7 END,
                                     declared = declared + (declarations <> $7)::int, last_seen_at = now() WHERE id = $1",
                 hello.daemon.0,
                 hello.incarnation.0,

@@ -228,7 +228,7 @@ impl Rig {
         let state_dir = base.join("state");
         std::fs::create_dir_all(&state_dir)?;
         if options.trust_mcp {
-            reliant_daemon::trust(&state_dir, &root, None)?;
+            reliant_daemon::trust(&state_dir, &root, &reliant_daemon::pending_trust(&state_dir, &root)?)?;
         }
         let request = pb::RegisterDaemonRequest { name: name.to_owned(), replace: true };
         let made = person.client.register_daemon(request).await?;

@@ -5,6 +5,10 @@ use std::{collections::BTreeMap, io::Read, path::Path};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
+use super::{
+    content::Digests,
+    shown::{summary, visible},
+};
 use crate::confine::{Confine, ConfineError};
 
 pub const FILE: &str = ".mcp.json";
@@ -24,13 +28,13 @@ pub struct Entry {
     pub name: String,
     /// Names this entry's exact content, in this root: what a person trusts.
     pub key: String,
-    /// For people: what would be started, variables not filled in.
+    /// For people: all of the entry, variables not filled in.
     pub summary: String,
     pub spec: Result<Spec, String>,
 }
 
 /// The entries of a root's file; none where there is no file.
-pub fn read(confine: &Confine) -> Result<Vec<Entry>, String> {
+pub fn read(confine: &Confine, digests: &Digests) -> Result<Vec<Entry>, String> {
     let file = match confine.open_file(Path::new(FILE)) {
         Ok(file) => file,
         Err(ConfineError::NotFound { .. }) => return Ok(Vec::new()),
@@ -41,10 +45,14 @@ pub fn read(confine: &Confine) -> Result<Vec<Entry>, String> {
     if text.len() as u64 > FILE_MAX_BYTES {
         return Err(format!("{FILE} is larger than {FILE_MAX_BYTES} bytes"));
     }
-    parse(&text, confine.path(), &|name| std::env::var(name).ok())
+    let files = |entry: &Value| digests.named_by(confine, entry);
+    parse(&text, confine.path(), &|name| std::env::var(name).ok(), &files)
 }
 
-fn parse(text: &[u8], root: &Path, vars: &dyn Fn(&str) -> Option<String>) -> Result<Vec<Entry>, String> {
+/// The digests of the files in the root that an entry names.
+type Files<'a> = dyn Fn(&Value) -> Vec<(String, String)> + 'a;
+
+fn parse(text: &[u8], root: &Path, vars: &dyn Fn(&str) -> Option<String>, files: &Files) -> Result<Vec<Entry>, String> {
     let file: Value = serde_json::from_slice(text).map_err(|e| format!("{FILE} is not JSON: {e}"))?;
     let servers = match file.get("mcpServers") {
         Some(Value::Object(servers)) => servers,
@@ -58,18 +66,21 @@ fn parse(text: &[u8], root: &Path, vars: &dyn Fn(&str) -> Option<String>) -> Res
         .iter()
         .filter(|(_, entry)| entry.get("disabled").and_then(Value::as_bool) != Some(true))
         .map(|(name, entry)| Entry {
-            name: name.chars().filter(|c| !c.is_control()).take(64).collect(),
-            key: key(name, entry, root),
+            name: visible(name).chars().take(64).collect(),
+            key: key(name, entry, root, &files(entry)),
             summary: summary(entry),
             spec: spec(entry, vars),
         })
         .collect())
 }
 
-/// SHA-256 over the root's path, the server's name and its entry with sorted keys.
-fn key(name: &str, entry: &Value, root: &Path) -> String {
+/// SHA-256 over the root's path, the server's name, its entry with sorted keys, and the files that it names.
+fn key(name: &str, entry: &Value, root: &Path, files: &[(String, String)]) -> String {
     let mut hash = Sha256::new();
-    for part in [root.as_os_str().as_encoded_bytes(), name.as_bytes(), canonical(entry).as_bytes()] {
+    let entry = canonical(entry);
+    let fixed = [root.as_os_str().as_encoded_bytes(), name.as_bytes(), entry.as_bytes()];
+    let files = files.iter().flat_map(|(name, digest)| [name.as_bytes(), digest.as_bytes()]);
+    for part in fixed.into_iter().chain(files) {
         hash.update((part.len() as u64).to_be_bytes());
         hash.update(part);
     }
@@ -87,19 +98,6 @@ fn canonical(value: &Value) -> String {
         Value::Array(items) => format!("[{}]", items.iter().map(canonical).collect::<Vec<_>>().join(",")),
         other => other.to_string(),
     }
-}
-
-fn summary(entry: &Value) -> String {
-    let text = match (entry.get("command"), entry.get("url")) {
-        (Some(Value::String(command)), _) => {
-            let args = entry.get("args").and_then(Value::as_array);
-            let args = args.into_iter().flatten().filter_map(Value::as_str);
-            std::iter::once(command.as_str()).chain(args).collect::<Vec<_>>().join(" ")
-        }
-        (_, Some(Value::String(url))) => url.clone(),
-        _ => "(neither command nor url)".into(),
-    };
-    text.chars().filter(|c| !c.is_control()).take(300).collect()
 }
 
 fn spec(entry: &Value, vars: &dyn Fn(&str) -> Option<String>) -> Result<Spec, String> {
@@ -182,7 +180,7 @@ mod tests {
     fn check(entry: &str) -> Result<Spec, String> {
         let vars = |name: &str| (name == "HOME" || name == "RELIANT_TOKEN").then(|| "/home/me".to_owned());
         let text = format!(r#"{{"mcpServers": {{"s": {entry}}}}}"#);
-        parse(text.as_bytes(), Path::new("/r"), &vars).unwrap().remove(0).spec
+        parse(text.as_bytes(), Path::new("/r"), &vars, &|_| Vec::new()).unwrap().remove(0).spec
     }
 
     #[test]
@@ -213,13 +211,15 @@ mod tests {
         ] {
             assert!(check(bad).is_err(), "{bad}");
         }
-        assert!(parse(b"[", Path::new("/"), &|_| None).is_err());
-        assert!(parse(b"{}", Path::new("/"), &|_| None).is_err());
+        assert!(parse(b"[", Path::new("/"), &|_| None, &|_| Vec::new()).is_err());
+        assert!(parse(b"{}", Path::new("/"), &|_| None, &|_| Vec::new()).is_err());
     }
 
     #[test]
     fn a_key_names_content_name_and_root() {
-        let key = |text: &str, root: &str| parse(text.as_bytes(), Path::new(root), &|_| None).unwrap().remove(0).key;
+        let key = |text: &str, root: &str| {
+            parse(text.as_bytes(), Path::new(root), &|_| None, &|_| Vec::new()).unwrap().remove(0).key
+        };
         let one = key(r#"{"mcpServers": {"s": {"command": "a", "args": ["b"]}}}"#, "/r");
         assert_eq!(one, key(r#"{"mcpServers": {"s": {"args": ["b"], "command": "a"}}}"#, "/r"));
         for other in [

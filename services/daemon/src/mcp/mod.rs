@@ -4,10 +4,12 @@
 
 mod call;
 mod config;
+mod content;
 mod http;
 mod names;
 mod schema;
 mod server;
+mod shown;
 mod stdio;
 pub mod trust;
 
@@ -31,6 +33,7 @@ use tokio::sync::watch;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use call::McpCall;
+use content::Digests;
 #[cfg(test)]
 pub use schema::is_schema;
 use server::{Server, State};
@@ -66,6 +69,7 @@ pub struct Mcp {
     roots: Roots,
     state_dir: PathBuf,
     launcher: Launcher,
+    digests: Digests,
     /// By root id and name.
     servers: RwLock<BTreeMap<(String, String), Arc<Server>>>,
     /// Those that do not run, and why.
@@ -88,6 +92,7 @@ impl Mcp {
             roots,
             state_dir,
             launcher,
+            digests: Digests::default(),
             servers: RwLock::default(),
             idle: RwLock::default(),
             offered: RwLock::default(),
@@ -149,7 +154,7 @@ impl Mcp {
         let mut wanted = BTreeMap::new();
         let mut idle = Vec::new();
         for root in self.roots.iter() {
-            let entries = match config::read(&root.confine) {
+            let entries = match config::read(&root.confine, &self.digests) {
                 Ok(entries) => entries,
                 Err(error) => {
                     self.warn_once(&format!("the MCP servers of {} are not started: {error}", root.path().display()));
@@ -174,8 +179,13 @@ impl Mcp {
                 } else if trusted.has(&entry) {
                     wanted.insert((root.id.clone(), entry.name.clone()), (root.clone(), entry));
                 } else {
+                    let changed = if trusted.had(root.path(), &entry) {
+                        " has changed since it was trusted, or a file that it names has. It"
+                    } else {
+                        ""
+                    };
                     self.warn_once(&format!(
-                        "the MCP server '{}' of {} would run `{}`; if you trust it: reliant daemon trust {} --server {}",
+                        "the MCP server '{}' of {}{changed} would use `{}`; if you trust it: reliant daemon trust {} --server {}",
                         entry.name,
                         root.path().display(),
                         entry.summary,

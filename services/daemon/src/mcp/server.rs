@@ -17,7 +17,8 @@ use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    config::{Entry, Spec},
+    config::{self, Entry, Spec},
+    content::Digests,
     http,
     stdio::{self, Child, Launcher},
 };
@@ -165,12 +166,25 @@ impl Server {
         self.connection.send_replace(None);
     }
 
+    /// A server that ended may have been rewritten before: its start looks again.
+    async fn is_as_trusted(&self) -> bool {
+        let (root, key) = (self.root.clone(), self.entry.key.clone());
+        let look = move || {
+            let entries = config::read(&root.confine, &Digests::default()).unwrap_or_default();
+            entries.iter().any(|entry| entry.key == key)
+        };
+        tokio::task::spawn_blocking(look).await.unwrap_or(false)
+    }
+
     /// From start to end. `Err` says why it could not start.
     async fn life(&self, launcher: &Launcher, changed: &(impl Fn() + Sync)) -> Result<(), String> {
         *self.state.write() = State::Starting;
         let handler = Handler(self.tools_changed.clone());
         match self.entry.spec.as_ref().map_err(Clone::clone)? {
             Spec::Stdio { command, args, env } => {
+                if !self.is_as_trusted().await {
+                    return Err("its entry or a file that it names has changed since it was trusted".into());
+                }
                 let mut child = Child::spawn(&self.entry.name, command, args, env, self.root.path(), launcher).await?;
                 let ended = self.connected(child.connect(handler), changed).await;
                 child.end().await;

@@ -13,7 +13,10 @@ use tokio::{
     sync::watch,
 };
 
-use super::server::{Handler, Service};
+use super::{
+    content::readable,
+    server::{Handler, Service},
+};
 use crate::tools::{
     process::{KILL_GRACE, SERVER_VAR, signal_group},
     sandbox::{Kind, Sandbox},
@@ -70,7 +73,8 @@ impl Child {
         let started = if launcher.unconfined.iter().any(|unconfined| unconfined == name) {
             launcher.sandbox.spawn_unconfined(command)
         } else {
-            launcher.sandbox.spawn(Kind::Server, command, root).await
+            let more = readable(program, args);
+            launcher.sandbox.spawn(Kind::Server, command, root, &more).await
         };
         let mut child = started.map_err(|e| format!("'{program}' cannot be started: {e}"))?;
         let pid = child.id().ok_or("its process has no pid")?;

@@ -1,7 +1,7 @@
 //! MCP servers as they are: good, slow, dead and lying. The server is a script of ours; real ones come end to end.
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeMap, HashSet},
     io::{Read, Write},
     net::TcpListener,
     sync::{
@@ -15,12 +15,21 @@ use reliant_types::{Code, limits, pb};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
+use super::stdio;
 use crate::{
+    config::DaemonConfig,
     mcp::trust::{pending_trust, trust},
-    tools::{Outcome, tests::Fixture},
+    tools::{Outcome, sandbox::Sandbox, tests::Fixture},
 };
 
 const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/src/mcp/scripted_server.py");
+
+fn trust_all(fixture: &Fixture) -> usize {
+    let (state, root) = (fixture.dir.path().join("state"), fixture.path(""));
+    let pending = pending_trust(&state, &root).unwrap();
+    trust(&state, &root, &pending).unwrap();
+    pending.len()
+}
 
 struct World {
     fixture: Arc<Fixture>,
@@ -39,7 +48,7 @@ impl World {
 
     async fn up(servers: Value) -> Self {
         let world = Self::start(servers);
-        assert!(trust(&world.fixture.dir.path().join("state"), &world.fixture.path(""), None).unwrap().len() == 1);
+        assert_eq!(trust_all(&world.fixture), 1);
         world.until(|w| w.names().len() >= 10).await;
         world
     }
@@ -91,7 +100,7 @@ async fn a_server_starts_once_it_is_trusted_and_its_tools_are_offered() {
     let refused = world.fixture.toolbox.prepare(&root, "mcp__s__echo", "{}").unwrap_err();
     assert_eq!(refused.code, Code::McpServerUntrusted);
     assert!(world.starts().is_empty());
-    trust(&state, &world.fixture.path(""), Some("s")).unwrap();
+    assert_eq!(trust_all(&world.fixture), 1);
     world.until(|w| w.names().len() == 10).await;
     let tools = world.fixture.toolbox.mcp.declarations(1000);
     assert!(tools.iter().all(|t| !t.read_only && t.root_id == root.id));
@@ -175,7 +184,7 @@ async fn a_server_that_never_comes_up_costs_nobody_else() {
         "web": {"type": "http", "url": "http://127.0.0.1:1/mcp"},
     });
     let world = World::start(servers);
-    trust(&world.fixture.dir.path().join("state"), &world.fixture.path(""), None).unwrap();
+    trust_all(&world.fixture);
     world.until(|w| w.names().len() == 10).await;
     let state = |w: &World, name: &str| w.fixture.toolbox.mcp.status().into_iter().find(|s| s.server == name).unwrap();
     world.until(|w| state(w, "missing").state == "down" && state(w, "web").state == "down").await;
@@ -198,7 +207,7 @@ async fn a_server_over_http_is_called_and_its_death_is_told_as_it_is() {
     };
     let url = format!("http://127.0.0.1:{port}/mcp");
     let world = World::start(json!({"s": {"type": "http", "url": url, "headers": {"x-key": "key"}}}));
-    trust(&world.fixture.dir.path().join("state"), &world.fixture.path(""), None).unwrap();
+    trust_all(&world.fixture);
     world.until(|w| w.names().len() == 2).await;
     let echo = world.call("echo").await;
     assert_eq!((echo.status, &echo.content[..]), (pb::ToolCallStatus::Succeeded, &b"hi"[..]));
@@ -252,9 +261,55 @@ async fn a_redirect_does_not_take_the_headers_to_another_host() {
         }
     });
     let world = World::start(json!({"s": {"type": "http", "url": url, "headers": {"x-key": "secret"}}}));
-    assert_eq!(trust(&world.fixture.dir.path().join("state"), &world.fixture.path(""), None).unwrap(), ["s"]);
+    trust_all(&world.fixture);
     world.until(|w| w.fixture.toolbox.mcp.status().iter().any(|s| s.state == "down")).await;
     assert!(asked.load(Ordering::SeqCst) > 0);
     assert_eq!(elsewhere.accept().unwrap_err().kind(), std::io::ErrorKind::WouldBlock, "nobody came");
     world.end().await;
+}
+
+#[tokio::test]
+async fn a_server_whose_script_in_the_root_was_rewritten_is_not_started_again() {
+    let world = World::start(json!({"s": {"command": "python3", "args": ["server.py"], "env": {"GIVEN": "given"}}}));
+    std::fs::copy(SCRIPT, world.fixture.path("server.py")).unwrap();
+    trust_all(&world.fixture);
+    world.until(|w| w.names().len() == 10).await;
+    let pid = world.starts().remove(0);
+    let text = std::fs::read_to_string(SCRIPT).unwrap();
+    let evil = format!("open('rewritten', 'w').close()\n{text}");
+    std::fs::write(world.fixture.path("server.py"), evil).unwrap();
+    world.fixture.run("shell", json!({"command": format!("kill -9 {pid}")})).await;
+    world.until(|w| w.fixture.toolbox.mcp.status().iter().any(|s| s.state == "untrusted")).await;
+    assert!(!world.fixture.path("rewritten").exists());
+    trust_all(&world.fixture);
+    world.until(|w| w.names().len() == 10).await;
+    assert!(world.fixture.path("rewritten").exists());
+    world.end().await;
+}
+
+#[tokio::test]
+async fn a_server_is_confined_unless_it_is_named() {
+    let home = std::env::home_dir().unwrap();
+    let Ok(dir) = tempfile::Builder::new().prefix(".reliant-test-").tempdir_in(home) else { return };
+    let root = dir.path().join("root");
+    std::fs::create_dir(&root).unwrap();
+    std::fs::write(dir.path().join("secret"), "secret").unwrap();
+    let sandbox = Sandbox::probe(&DaemonConfig::default(), &dir.path().join("state"));
+    if !sandbox.is_on() {
+        return;
+    }
+    let launcher = stdio::Launcher { sandbox, mark: "m".into(), unconfined: vec!["open".into()] };
+    for (name, expected) in [("closed", false), ("open", true)] {
+        let script = format!("cat ../secret > {name}; test -z \"$CARGO_PKG_NAME\" && touch {name}.clean");
+        let args = ["-c".to_owned(), script];
+        let child = stdio::Child::spawn(name, "bash", &args, &BTreeMap::new(), &root, &launcher).await.unwrap();
+        let wait = async {
+            while !root.join(format!("{name}.clean")).exists() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(10), wait).await.expect(name);
+        child.end().await;
+        assert_eq!(std::fs::read_to_string(root.join(name)).unwrap() == "secret", expected, "{name}");
+    }
 }

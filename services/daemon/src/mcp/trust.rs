@@ -1,4 +1,5 @@
-//! Which MCP servers a person allowed. Trust is for an entry's exact content in one root: a changed entry asks again.
+//! Which MCP servers a person allowed. Trust is for an entry's exact content in one root, and for the files of the root
+//! that it names: a change of either asks again.
 
 use std::{
     collections::BTreeMap,
@@ -7,7 +8,10 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::config::{self, Entry};
+use super::{
+    config::{self, Entry},
+    content::Digests,
+};
 use crate::{confine::Confine, error::DaemonError, state_dir::replace_file};
 
 const TRUST_FILE: &str = "trust.json";
@@ -32,8 +36,10 @@ struct Trusted {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PendingServer {
     pub name: String,
-    /// The command line or address that would be used.
+    /// The whole entry: the command line or address, the environment, the headers.
     pub summary: String,
+    /// Names what was shown; [`trust`] takes no other content for it.
+    pub key: String,
 }
 
 #[derive(Debug, Default)]
@@ -58,12 +64,17 @@ impl TrustStore {
     pub fn has(&self, entry: &Entry) -> bool {
         self.0.trusted.contains_key(&entry.key)
     }
+
+    /// Whether a server of this name was trusted in this root with another content.
+    pub fn had(&self, root: &Path, entry: &Entry) -> bool {
+        self.0.trusted.values().any(|trusted| trusted.root == root && trusted.server == entry.name)
+    }
 }
 
 fn entries(root: &Path) -> Result<(Confine, Vec<Entry>), DaemonError> {
     let refuse = |reason: String| DaemonError::Root { path: root.to_owned(), reason };
     let confine = Confine::new(root).map_err(|e| refuse(e.to_string()))?;
-    let entries = config::read(&confine).map_err(refuse)?;
+    let entries = config::read(&confine, &Digests::default()).map_err(refuse)?;
     Ok((confine, entries))
 }
 
@@ -72,43 +83,39 @@ pub fn pending_trust(state_dir: &Path, root: &Path) -> Result<Vec<PendingServer>
     let store = TrustStore::load(state_dir)?;
     let (_, entries) = entries(root)?;
     let pending = entries.into_iter().filter(|e| !store.has(e));
-    Ok(pending.map(|e| PendingServer { name: e.name, summary: e.summary }).collect())
+    Ok(pending.map(|e| PendingServer { name: e.name, summary: e.summary, key: e.key }).collect())
 }
 
-/// Trusts one server of a root's `.mcp.json`, or all of them. A running daemon takes it up within seconds. Answers
-/// the names that were not trusted before.
-pub fn trust(state_dir: &Path, root: &Path, server: Option<&str>) -> Result<Vec<String>, DaemonError> {
+/// Trusts what [`pending_trust`] answered and a person has seen. A running daemon takes it up within seconds. `Err`
+/// where the file has changed since, and then nothing is trusted.
+pub fn trust(state_dir: &Path, root: &Path, shown: &[PendingServer]) -> Result<(), DaemonError> {
     let refuse = |e: std::io::Error| DaemonError::Trust(e.to_string());
     let mut store = TrustStore::load(state_dir)?;
     let (confine, entries) = entries(root)?;
-    if let Some(name) = server
-        && !entries.iter().any(|e| e.name == name)
-    {
-        return Err(DaemonError::Trust(format!(
-            "{} names no server '{name}'",
-            confine.path().join(config::FILE).display()
-        )));
-    }
-    let mut added = Vec::new();
-    for entry in entries.iter().filter(|e| server.is_none_or(|name| e.name == name)) {
-        if store.has(entry) {
-            continue;
+    for server in shown {
+        if !entries.iter().any(|entry| entry.key == server.key) {
+            return Err(DaemonError::Trust(format!(
+                "the server '{}' of {}, or a file that it names, has changed since it was shown; look at it again",
+                server.name,
+                confine.path().join(config::FILE).display()
+            )));
         }
+    }
+    for server in shown {
         let trusted = Trusted {
             root: confine.path().to_owned(),
-            server: entry.name.clone(),
+            server: server.name.clone(),
             at: chrono::Utc::now().to_rfc3339(),
         };
-        store.0.trusted.insert(entry.key.clone(), trusted);
-        added.push(entry.name.clone());
+        store.0.trusted.insert(server.key.clone(), trusted);
     }
-    if !added.is_empty() {
-        store.0.version = VERSION;
-        std::fs::create_dir_all(state_dir).map_err(refuse)?;
-        let json = serde_json::to_vec_pretty(&store.0).map_err(|e| DaemonError::Trust(e.to_string()))?;
-        replace_file(&state_dir.join(TRUST_FILE), &json).map_err(refuse)?;
+    if shown.is_empty() {
+        return Ok(());
     }
-    Ok(added)
+    store.0.version = VERSION;
+    std::fs::create_dir_all(state_dir).map_err(refuse)?;
+    let json = serde_json::to_vec_pretty(&store.0).map_err(|e| DaemonError::Trust(e.to_string()))?;
+    replace_file(&state_dir.join(TRUST_FILE), &json).map_err(refuse)
 }
 
 #[cfg(test)]
@@ -124,18 +131,43 @@ mod tests {
             let text = format!(r#"{{"mcpServers": {{"a": {{"command": "{a}"}}, "b": {{"command": "{b}"}}}}}}"#);
             std::fs::write(root.join(".mcp.json"), text).unwrap();
         };
-        let pending = || pending_trust(&state, &root).unwrap().into_iter().map(|p| p.name).collect::<Vec<_>>();
-        assert!(pending().is_empty());
+        let pending = || pending_trust(&state, &root).unwrap();
+        let names = || pending().into_iter().map(|p| p.name).collect::<Vec<_>>();
+        assert!(names().is_empty());
         write("x", "y");
-        assert_eq!(pending(), ["a", "b"]);
-        assert_eq!(trust(&state, &root, Some("a")).unwrap(), ["a"]);
-        assert_eq!(pending(), ["b"]);
-        assert!(trust(&state, &root, Some("c")).is_err());
-        assert_eq!(trust(&state, &root, None).unwrap(), ["b"]);
-        assert!(trust(&state, &root, None).unwrap().is_empty());
+        assert_eq!(names(), ["a", "b"]);
+        trust(&state, &root, &pending()[..1]).unwrap();
+        assert_eq!(names(), ["b"]);
+        // What is in the file by now is not what was shown.
+        let shown = pending();
+        write("x", "z");
+        assert!(trust(&state, &root, &shown).unwrap_err().to_string().contains("has changed"));
+        assert_eq!(names(), ["b"]);
+        trust(&state, &root, &pending()).unwrap();
+        assert!(names().is_empty());
         write("x", "rm -rf /");
-        assert_eq!(pending(), ["b"]);
+        assert_eq!(names(), ["b"]);
         std::fs::write(state.join("trust.json"), "{").unwrap();
         assert!(pending_trust(&state, &root).is_err());
+    }
+
+    #[test]
+    fn trust_covers_the_files_of_the_root_that_an_entry_names() {
+        let dir = tempfile::tempdir().unwrap();
+        let (root, state) = (dir.path().join("root"), dir.path().join("state"));
+        std::fs::create_dir_all(root.join("src")).unwrap();
+        let file = root.join("src/server.py");
+        let absolute = file.canonicalize().unwrap_or_else(|_| root.canonicalize().unwrap().join("src/server.py"));
+        for args in [r#""src/server.py""#.into(), r#""--script=src/server.py""#.into(), format!("{absolute:?}")] {
+            let text = format!(r#"{{"mcpServers": {{"a": {{"command": "python3", "args": [{args}]}}}}}}"#);
+            std::fs::write(root.join(".mcp.json"), text).unwrap();
+            std::fs::write(&file, "one").unwrap();
+            trust(&state, &root, &pending_trust(&state, &root).unwrap()).unwrap();
+            assert!(pending_trust(&state, &root).unwrap().is_empty());
+            std::fs::write(&file, "two").unwrap();
+            assert_eq!(pending_trust(&state, &root).unwrap().len(), 1, "{args}");
+            std::fs::write(&file, "one").unwrap();
+            assert!(pending_trust(&state, &root).unwrap().is_empty(), "{args}");
+        }
     }
 }

@@ -78,7 +78,7 @@ impl World {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .kill_on_drop(true);
-        let child = sandbox.spawn(Kind::Shell, command, root).await.unwrap();
+        let child = sandbox.spawn(Kind::Shell, command, root, &[]).await.unwrap();
         let pid = child.id().unwrap();
         let output = tokio::time::timeout(PATIENCE, child.wait_with_output()).await.expect(script).unwrap();
         super::tree::forget(pid);

@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use tokio::process::{Child, Command};
 
 use self::domain::{Domain, Rules};
+pub use self::paths::surroundings;
 use super::{environment::Environment, tree};
 use crate::config::DaemonConfig;
 
@@ -138,14 +139,14 @@ impl Sandbox {
         }
     }
 
-    /// Starts a command in a session of its own, bound to a root where Landlock is on.
-    pub async fn spawn(&self, kind: Kind, mut command: Command, root: &Path) -> io::Result<Child> {
+    /// Starts a command in a session of its own, bound to a root where Landlock is on; it may read `more` besides.
+    pub async fn spawn(&self, kind: Kind, mut command: Command, root: &Path, more: &[PathBuf]) -> io::Result<Child> {
         own_session(&mut command);
         if !self.is_on() {
             return tree::spawn(&mut command);
         }
-        let (sandbox, path) = (self.clone(), root.to_owned());
-        let opened = tokio::task::spawn_blocking(move || sandbox.domain(kind, &path)).await;
+        let (sandbox, path, more) = (self.clone(), root.to_owned(), more.to_vec());
+        let opened = tokio::task::spawn_blocking(move || sandbox.domain(kind, &path, &more)).await;
         let (domain, cache) = opened.unwrap_or_else(|_| Err(io::Error::other("the sandbox could not be made")))?;
         command.envs(caches::variables(&cache));
         domain.spawn(command).await
@@ -158,10 +159,11 @@ impl Sandbox {
     }
 
     /// The root's domain as its paths are now: a directory that came or was replaced since makes a new one.
-    fn domain(&self, kind: Kind, root: &Path) -> io::Result<(Domain, PathBuf)> {
+    fn domain(&self, kind: Kind, root: &Path, more: &[PathBuf]) -> io::Result<(Domain, PathBuf)> {
         let cache = caches::open(&self.caches, root)?;
         let mut rules = Rules::default();
         rules.read(&self.read);
+        rules.read(more);
         rules.write(&self.write);
         rules.write([root, &cache]);
         rules.write_fd(git::common_dir(root));
@@ -196,7 +198,7 @@ mod tests {
     async fn shell(sandbox: &Sandbox, root: &Path, script: &str) -> bool {
         let mut command = Command::new("bash");
         command.arg("-c").arg(script).current_dir(root).stderr(std::process::Stdio::null());
-        sandbox.spawn(Kind::Shell, command, root).await.unwrap().wait().await.unwrap().success()
+        sandbox.spawn(Kind::Shell, command, root, &[]).await.unwrap().wait().await.unwrap().success()
     }
 
     #[tokio::test]

@@ -93,7 +93,7 @@ pub async fn run(args: Args, job: Job, sandbox: &Sandbox) -> Outcome {
         otel.status_code = tracing::field::Empty,
     );
     async {
-        let mut child = match sandbox.spawn(Kind::Shell, command(&args, &job, sandbox), job.root.path()).await {
+        let mut child = match sandbox.spawn(Kind::Shell, command(&args, &job, sandbox), job.root.path(), &[]).await {
             Ok(child) => child,
             Err(e) => return Outcome::failed(Code::ToolFailed, format!("the shell could not be started: {e}")),
         };

@@ -92,6 +92,19 @@ pub fn cargo_home() -> Option<PathBuf> {
     variable("CARGO_HOME").or_else(|| Some(home()?.join(".cargo")))
 }
 
+/// What the programs of a directory need: a tool in a `bin` brings its own lib beside it, a package in `node_modules` the
+/// others. Never the home directory or a part of it that holds more than a toolchain.
+pub fn surroundings(dir: &Path) -> PathBuf {
+    let home = home();
+    if let Some(modules) = dir.ancestors().find(|above| above.ends_with("node_modules")) {
+        return modules.to_owned();
+    }
+    let prefix = dir.parent().filter(|p| dir.ends_with("bin") && p.components().count() > 2);
+    let is_toolchain = |p: &Path| p.join("lib").is_dir() || p.join("pyvenv.cfg").is_file();
+    let named = |p: &Path| Some(p) == home.as_deref() || p.ends_with(".local") || p.ends_with(".cargo");
+    prefix.filter(|p| is_toolchain(p) && !named(p)).unwrap_or(dir).to_owned()
+}
+
 pub fn readable() -> Vec<PathBuf> {
     let mut read: Vec<PathBuf> = SYSTEM_READ.iter().map(PathBuf::from).collect();
     let home = home();
@@ -104,12 +117,7 @@ pub fn readable() -> Vec<PathBuf> {
     }
     let path = std::env::var_os("PATH").unwrap_or_default();
     for dir in std::env::split_paths(&path).filter(|d| d.is_absolute()) {
-        // A tool on the path brings its own lib beside its bin.
-        let prefix = dir.parent().filter(|p| dir.ends_with("bin") && p.components().count() > 2);
-        let is_toolchain = |p: &Path| p.join("lib").is_dir() || p.join("pyvenv.cfg").is_file();
-        let named = |p: &Path| Some(p) == home.as_deref() || p.ends_with(".local") || p.ends_with(".cargo");
-        let open = prefix.filter(|p| is_toolchain(p) && !named(p));
-        read.push(open.unwrap_or(&dir).to_owned());
+        read.push(surroundings(&dir));
     }
     read
 }
