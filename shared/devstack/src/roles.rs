@@ -253,3 +253,17 @@ fn config_toml(spec: &MeshSpec, sim_url: &str) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_daemon_gets_harmless_and_named_variables_only() {
+        // Cargo sets these for every test.
+        let usual = daemon_variables(&[]);
+        assert!(usual.contains(&"PATH".to_owned()) && !usual.contains(&"CARGO_PKG_NAME".to_owned()), "{usual:?}");
+        let named = daemon_variables(&["CARGO_PKG_NAME".to_owned()]);
+        assert!(named.contains(&"CARGO_PKG_NAME".to_owned()) && !named.contains(&"CARGO_PKG_VERSION".to_owned()));
+    }
+}
