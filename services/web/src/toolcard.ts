@@ -4,7 +4,7 @@ import type { Approval, ToolResultBlock } from "../gen/reliant/v1/common_pb.js";
 import { el, hide, setText } from "./dom.js";
 import type { Decide } from "./transcript.js";
 import { type CallView, callEnded } from "./view.js";
-import { callWords, cutWords, gist, pretty, statusKey } from "./words.js";
+import { bounded, callWords, cutWords, gist, pretty, statusKey, visible } from "./words.js";
 
 export class ToolCard {
   readonly node: HTMLElement;
@@ -19,8 +19,9 @@ export class ToolCard {
 
   constructor(tool: string, inputJson: string, decide: Decide) {
     this.#decide = decide;
-    this.#arguments = el("details", {}, el("summary", {}, "Arguments"), el("pre", {}, pretty(inputJson)));
-    const head = el("div", { class: "head" }, el("span", { class: "name" }, tool), el("span", { class: "gist" }, gist(inputJson)), this.#status);
+    this.#arguments = el("details", {}, el("summary", {}, "Arguments"), el("pre", {}, visible(pretty(inputJson))));
+    const words = el("span", { class: "gist" }, visible(gist(inputJson)));
+    const head = el("div", { class: "head" }, el("span", { class: "name" }, visible(tool)), words, this.#status);
     const body = el("div", { class: "body" }, this.#arguments, this.#stdout, this.#stderr, this.#result);
     this.node = el("section", { class: "tool", "data-tool": tool, "aria-label": `Tool ${tool}` }, head, body, this.#approval);
     for (const part of [this.#stdout, this.#stderr, this.#result, this.#approval]) hide(part, true);
@@ -61,7 +62,6 @@ export class ToolCard {
       this.#approval.replaceChildren();
       return;
     }
-    this.#arguments.open = true;
     const button = (words: string, kind: string, approve: boolean, forSession: boolean) => {
       const node = el("button", { type: "button", class: kind }, words);
       node.addEventListener("click", async () => {
@@ -76,12 +76,27 @@ export class ToolCard {
       return node;
     };
     this.#approval.replaceChildren(
-      el("p", {}, `May ${approval.tool} run on your machine?`),
+      el("p", {}, `May ${visible(approval.tool)} run on your machine?`),
+      ...asked(approval),
       button("Approve once", "main", true, false),
       button("Approve for this chat", "", true, true),
       button("Deny", "", false, false),
     );
   }
+}
+
+/** What is asked about, short enough to be seen with its end; the whole of it at a press. */
+function asked(approval: Approval): HTMLElement[] {
+  const whole = pretty(approval.inputJson);
+  const { text, leftOut } = bounded(whole);
+  const shown = el("pre", { class: "asked" }, text);
+  if (leftOut === 0) return [shown];
+  const more = el("button", { type: "button" }, "Show all");
+  more.addEventListener("click", () => {
+    setText(shown, visible(whole));
+    more.remove();
+  });
+  return [shown, more];
 }
 
 function showOutput(node: HTMLElement, text: string, cut: string): void {

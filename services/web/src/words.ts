@@ -113,6 +113,42 @@ export function pretty(inputJson: string): string {
   return input === undefined ? inputJson : JSON.stringify(input, null, 2);
 }
 
+/**
+ * A text with each character that a screen hides, or that reorders what stands around it, in the form `⟨U+202E⟩`. Newlines
+ * and tabs stay. For what a person approves.
+ */
+export function visible(text: string): string {
+  return text.replace(HIDDEN, (c) => `⟨U+${(c.codePointAt(0) ?? 0).toString(16).toUpperCase().padStart(4, "0")}⟩`);
+}
+
+// Controls, format characters with the tags, separators of lines, variation selectors, letters without a shape.
+const HIDDEN =
+  /(?![\n\t])[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Variation_Selector}\u034f\u115f\u1160\u17b4\u17b5\u2065\u2800\u3164\uffa0\ufff0-\ufff8\u{e0000}-\u{e0fff}]/gu;
+
+/** Rows of a question's arguments on the page at first. */
+export const ROWS_MAX = 15;
+const ROW_CHARS = 100;
+
+/**
+ * A text in rows of a bounded width. Of more than `ROWS_MAX` the first and the last are shown around a count of those left
+ * out, so that no newline pushes another part out of sight.
+ */
+export function bounded(text: string): { text: string; leftOut: number } {
+  const rows = visible(text).split("\n").flatMap(inRows);
+  const leftOut = rows.length - ROWS_MAX;
+  if (leftOut <= 0) return { text: rows.join("\n"), leftOut: 0 };
+  const last = ROWS_MAX / 3;
+  const lines = leftOut === 1 ? "1 more line" : `${leftOut.toLocaleString("en")} more lines`;
+  return { text: [...rows.slice(0, ROWS_MAX - last), `… ${lines} …`, ...rows.slice(-last)].join("\n"), leftOut };
+}
+
+function inRows(line: string): string[] {
+  const chars = [...line];
+  const rows: string[] = [];
+  for (let at = 0; at < chars.length || at === 0; at += ROW_CHARS) rows.push(chars.slice(at, at + ROW_CHARS).join(""));
+  return rows;
+}
+
 function parse(json: string): unknown {
   try {
     return JSON.parse(json);

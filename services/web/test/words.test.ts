@@ -4,7 +4,7 @@ import { create } from "@bufbuild/protobuf";
 import { timestampFromMs } from "@bufbuild/protobuf/wkt";
 import { ToolCallSchema, ToolCallStatus, TurnSchema, TurnStatus, UnknownCause } from "../gen/reliant/v1/common_pb.js";
 import { MessageStartedSchema } from "../gen/reliant/v1/updates_pb.js";
-import { callWords, duration, gist, pretty, prose, restartWords, turnWords } from "../src/words.js";
+import { bounded, callWords, duration, gist, pretty, prose, restartWords, ROWS_MAX, turnWords, visible } from "../src/words.js";
 
 test("prose keeps every character of its text", () => {
   assert.deepEqual(prose("a `b` c"), [
@@ -52,4 +52,24 @@ test("a model that is asked again says why and when", () => {
   assert.equal(turnWords(turn, 100_000), `${why} Trying again in 12 s.`);
   assert.equal(turnWords(turn, 113_000), `${why} Trying again now.`);
   assert.equal(turnWords(create(TurnSchema, { status: TurnStatus.RUNNING })), "Working …");
+});
+
+test("hidden and reordering characters are shown", () => {
+  assert.equal(visible("rm \u202ex\u2066"), "rm ⟨U+202E⟩x⟨U+2066⟩");
+  for (const hidden of [0x200b, 0xfeff, 0xe0041, 0xfe0f, 0xe0100, 0x1b, 0x0d, 0xad, 0x85]) {
+    assert.equal(visible(String.fromCodePoint(hidden)), `⟨U+${hidden.toString(16).toUpperCase().padStart(4, "0")}⟩`);
+  }
+  const plain = 'echo "äöü 漢字 🙂"\n\tnext';
+  assert.equal(visible(plain), plain);
+});
+
+test("a question keeps the beginning and the end of a long text in sight", () => {
+  const { text, leftOut } = bounded(`first${"\n".repeat(1000)}last`);
+  const rows = text.split("\n");
+  assert.equal(leftOut, 1001 - ROWS_MAX);
+  assert.equal(rows.length, ROWS_MAX + 1);
+  assert.equal(rows[0], "first");
+  assert.equal(rows.at(-1), "last");
+  assert.deepEqual(bounded("one\n\ntwo"), { text: "one\n\ntwo", leftOut: 0 });
+  assert.equal(bounded("x".repeat(250)).text.split("\n").length, 3);
 });
