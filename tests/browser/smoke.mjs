@@ -25,6 +25,18 @@ await inBrowser(pictures, async (page, check) => {
     await page.locator("#app").waitFor({ state: "visible" });
     if (page.url().includes("code=")) throw new Error("the address still holds the code");
   });
+  await check("a link does not replace a session that its person keeps", async () => {
+    const held = () => page.evaluate(() => sessionStorage.getItem("reliant.access_token"));
+    const before = await held();
+    for (const leave of [() => page.locator("#switch button[value=stay]").click(), () => page.keyboard.press("Escape")]) {
+      await page.evaluate(() => (location.hash = "#code=of-somebody-else"));
+      await page.locator("#switch[open]").waitFor();
+      await leave();
+      await page.locator("#switch:not([open])").waitFor({ state: "attached" });
+      if (page.url().includes("code=")) throw new Error("the address still holds the code");
+    }
+    if (!before || (await held()) !== before) throw new Error("the session was replaced");
+  });
   await check("a new chat opens", async () => {
     await page.locator("#new-chat").click();
     await page.locator("#chats [aria-current=true]").waitFor();

@@ -14,7 +14,7 @@ import * as session from "./session.js";
 import { Click } from "./trace.js";
 import { Transcript } from "./transcript.js";
 import { ChatView } from "./view.js";
-import { duration } from "./words.js";
+import { duration, visible } from "./words.js";
 
 const CHATS_LISTED = 100;
 
@@ -29,6 +29,8 @@ const transcript = new Transcript(byId("transcript"), decide, () => {
 let view: ChatView | undefined;
 let stream: AbortController | undefined;
 let drawing = 0;
+/** The code of a link that waits for the person's answer. */
+let offer: string | undefined;
 /** A message whose acceptance is not known: sent again with the same id, it is the same message. */
 /** The id of a request for a chat whose answer did not come: the same again is the same chat. */
 let unmade: string | undefined;
@@ -45,14 +47,34 @@ async function start(): Promise<void> {
     if (code) void signIn(code);
     else signInTrouble("That is neither a sign-in link nor a code.");
   });
+  // Escape and the button that has the focus both keep the session.
+  byId("switch").addEventListener("close", () => {
+    const code = offer;
+    offer = undefined;
+    if (code && byId<HTMLDialogElement>("switch").returnValue === "switch") void replaceSession(code);
+    byId<HTMLDialogElement>("switch").returnValue = "";
+  });
   window.addEventListener("hashchange", () => {
     const code = session.takeCodeFromAddress();
-    if (code) void signIn(code);
+    if (code) void offered(code);
   });
   const code = session.takeCodeFromAddress();
-  if (code) await signIn(code);
-  else if (session.token()) await open();
-  else showSignIn();
+  if (session.token()) await open();
+  else if (!code) showSignIn();
+  if (code) await offered(code);
+}
+
+/**
+ * A link that the tab was led to. It signs in a tab that has no session; a session that stands is replaced only where its
+ * person says so, for whoever made the link reads what is typed under its name.
+ */
+async function offered(code: string): Promise<void> {
+  if (!session.token()) return signIn(code);
+  const dialog = byId<HTMLDialogElement>("switch");
+  const who = byId("who").textContent || "You are signed in";
+  setText(byId("switch-who"), visible(who));
+  offer = code;
+  if (!dialog.open) dialog.showModal();
 }
 
 async function signIn(code: string): Promise<void> {
@@ -68,6 +90,19 @@ async function signIn(code: string): Promise<void> {
     return;
   }
   await open();
+}
+
+/** Begins the page anew under the other name; of the session before nothing stays on it. */
+async function replaceSession(code: string): Promise<void> {
+  try {
+    const { accessToken } = await api.identity.exchangeLoginCode({ code });
+    session.keep(accessToken);
+  } catch (error) {
+    // A link opened twice is no reason to leave a session that stands.
+    setError(shown(error));
+    return;
+  }
+  location.reload();
 }
 
 function showSignIn(): void {
