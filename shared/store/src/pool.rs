@@ -1,6 +1,9 @@
 //! The pool, and how work on it is begun, timed and tried again.
 
-use reliant_types::boxed;
+use reliant_types::{
+    boxed,
+    url::{is_secret_key, without_passwords},
+};
 use std::{future::Future, sync::Arc, time::Duration};
 
 use futures::future::BoxFuture;
@@ -53,28 +56,34 @@ impl Default for StoreConfig {
     }
 }
 
-/// The address without its password.
-fn without_password(url: &str) -> String {
-    let Some((scheme, rest)) = url.split_once("://") else { return url.to_owned() };
-    let Some((login, host)) = rest.rsplit_once('@') else { return url.to_owned() };
-    match login.split_once(':') {
-        Some((user, _)) => format!("{scheme}://{user}:***@{host}"),
-        None => url.to_owned(),
-    }
-}
-
 fn redacted<S: serde::Serializer>(url: &str, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_str(&without_password(url))
+    serializer.serialize_str(&without_passwords(url))
 }
 
 impl std::fmt::Debug for StoreConfig {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("StoreConfig")
-            .field("url", &without_password(&self.url))
+            .field("url", &without_passwords(&self.url))
             .field("max_connections", &self.max_connections)
             .field("acquire_timeout", &self.acquire_timeout)
             .finish()
     }
+}
+
+/// The driver warns of a query key that it does not know, and prints the value with it. Of keys that name a secret it knows
+/// `password` alone; the others are taken out here.
+fn without_unknown_secrets(url: &str) -> String {
+    let Some((before, query)) = url.split_once('?') else { return url.to_owned() };
+    let known = |pair: &&str| {
+        let key = pair.split_once('=').map_or(*pair, |(key, _)| key);
+        let known = key == "password" || !is_secret_key(key);
+        if !known {
+            tracing::warn!(setting = key, "the Postgres URL has a setting that is not supported and has no effect");
+        }
+        known
+    };
+    let pairs: Vec<&str> = query.split('&').filter(known).collect();
+    format!("{before}?{}", pairs.join("&"))
 }
 
 pub(crate) type Tx = Transaction<'static, Postgres>;
@@ -91,7 +100,7 @@ impl Store {
     /// Connects once, so that a wrong address is known at the start.
     #[boxed]
     pub async fn connect(config: &StoreConfig) -> Result<Self> {
-        let options: PgConnectOptions = config.url.parse()?;
+        let options: PgConnectOptions = without_unknown_secrets(&config.url).parse()?;
         let options = options
             .application_name("reliant")
             .options([
@@ -329,7 +338,7 @@ mod tests {
         let config = StoreConfig { url: "postgres://ann:se:cr@et@db:5432/x".into(), ..Default::default() };
         assert!(format!("{config:?}").contains("postgres://ann:***@db:5432/x"));
         assert!(serde_json::to_string(&config).unwrap().contains("ann:***@db"));
-        assert_eq!(without_password("postgres://ann@db/x"), "postgres://ann@db/x");
-        assert_eq!(without_password(""), "");
+        assert_eq!(without_passwords("postgres://ann@db/x"), "postgres://ann@db/x");
+        assert_eq!(without_passwords(""), "");
     }
 }

@@ -5,6 +5,7 @@ pub mod environment;
 pub mod id;
 pub mod limits;
 pub mod secret;
+pub mod url;
 
 /// Makes an async function return a boxed future. What a crate offers to others carries it: the compiler then generates
 /// the function's code once, in its own crate, and not again in each that awaits it. The price is an allocation a call.
