@@ -1,21 +1,20 @@
 //! `reliant chat`: a conversation in a terminal. Live text, tool calls, approvals asked; Ctrl-C cancels the turn.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashSet},
     io::{IsTerminal as _, Write as _},
 };
 
 use anyhow::{Context as _, Result, bail};
 use reliant_client::{ChatSession, ChatView, Client, From};
 use reliant_types::{ChatId, TurnId, pb};
-use tokio::{
-    io::{AsyncBufReadExt as _, BufReader, Lines, Stdin},
-    signal,
-};
+use tokio::signal;
 
 use crate::{
     args::{ChatArgs, Mode},
     front,
+    input::{self, Input, Typed},
+    question::{self, Answer},
     render::{Renderer, Seen},
     up::say,
 };
@@ -23,9 +22,6 @@ use crate::{
 const TITLE_CHARS: usize = 60;
 /// Messages read at one time where a chat is longer than its snapshot.
 const PAGE_SIZE: i32 = 200;
-
-/// Lines of the terminal; `None` ends the conversation.
-type Input = Lines<BufReader<Stdin>>;
 
 pub async fn run(args: ChatArgs) -> Result<()> {
     let guard = front::telemetry(&args.front)?;
@@ -39,31 +35,45 @@ async fn talk(args: ChatArgs) -> Result<()> {
     if args.models {
         return models(&client).await;
     }
+    let piped = tokio::task::spawn_blocking(input::piped).await??;
+    let from_pipe = piped.is_some();
+    let message = input::message(&args.message, piped);
+    if message.is_empty() && from_pipe {
+        bail!("the input is empty, so nothing was sent; give a message or run it in a terminal");
+    }
     let chat = match &args.chat {
         Some(id) => id.parse::<ChatId>()?,
-        None => new_chat(&client, &args).await?,
+        None => new_chat(&client, &args, &message).await?,
     };
     let mut renderer = Renderer::new(std::io::stdout(), std::io::stdout().is_terminal()).full(args.full);
     let from = if args.chat.is_some() { From::Start } else { From::Snapshot };
     let mut session = client.open_from(chat, from).await?;
-    let mut input = BufReader::new(tokio::io::stdin()).lines();
-    if !args.message.is_empty() {
-        renderer.catch_up([], session.view())?;
-        let turn = converse(&mut session, &mut renderer, &mut input, &args.message.join(" ")).await?;
+    let mut input = Input::new()?;
+    if message.is_empty() {
+        renderer.notice(&format!("chat {chat}; Ctrl-D leaves, Ctrl-C cancels a turn"))?;
+    }
+    if args.chat.is_some() {
+        show(&session, &mut renderer, args.all).await?;
+        // Its turns go on in front of the person's eyes; a message then comes behind them.
+        while let Some(turn) = open_turn(session.view()) {
+            watch(&mut session, &mut renderer, &mut input, turn).await?;
+        }
+    }
+    if !message.is_empty() {
+        let turn = converse(&mut session, &mut renderer, &mut input, &message).await?;
         if turn.status() != pb::TurnStatus::Succeeded {
             bail!("the turn did not succeed: {}", ending(&turn));
         }
         return Ok(());
     }
-    renderer.notice(&format!("chat {chat}; Ctrl-D leaves, Ctrl-C cancels a turn"))?;
-    if args.chat.is_some() {
-        show(&session, &mut renderer, args.all).await?;
-        // Its turns go on in front of the person's eyes; what is typed then comes behind them.
-        while let Some(turn) = open_turn(session.view()) {
-            watch(&mut session, &mut renderer, &mut input, turn).await?;
-        }
-    }
-    while let Some(text) = ask(&mut input, "\n> ").await? {
+    while let Some(typed) = ask(&mut input, "\n> ").await? {
+        let text = match typed {
+            Typed::Text(text) => text,
+            Typed::Refused(why) => {
+                renderer.notice(why)?;
+                continue;
+            }
+        };
         if text.trim().is_empty() {
             continue;
         }
@@ -152,14 +162,14 @@ fn title(message: &str) -> String {
     if words.is_empty() { "Terminal".into() } else { words.join(" ").chars().take(TITLE_CHARS).collect() }
 }
 
-async fn new_chat(client: &Client, args: &ChatArgs) -> Result<ChatId> {
+async fn new_chat(client: &Client, args: &ChatArgs, message: &str) -> Result<ChatId> {
     let mode = match args.mode {
         Mode::Ask => pb::ChatMode::Ask,
         Mode::Auto => pb::ChatMode::Auto,
         Mode::Plan => pb::ChatMode::Plan,
     };
     let request = pb::CreateChatRequest {
-        title: title(&args.message.join(" ")),
+        title: title(message),
         daemon_id: front::daemon_id(client, args.daemon.as_deref()).await?,
         model: args.model.clone().unwrap_or_default(),
         mode: mode.into(),
@@ -187,7 +197,7 @@ async fn converse<W: std::io::Write>(
     watch(session, renderer, input, turn.id).await
 }
 
-/// Shows a turn to its end; Ctrl-C cancels it.
+/// Shows a turn to its end, and asks what the chat's turns ask; Ctrl-C cancels the turn, once more leaves.
 async fn watch<W: std::io::Write>(
     session: &mut ChatSession,
     renderer: &mut Renderer<W>,
@@ -196,63 +206,60 @@ async fn watch<W: std::io::Write>(
 ) -> Result<pb::Turn> {
     let id: TurnId = turn_id.parse()?;
     let mut cancelled = false;
-    // What was asked before anybody looked.
-    let pending =
-        |approval: &&pb::Approval| approval.turn_id == turn_id && approval.status() == pb::ApprovalStatus::Pending;
-    let pending: Vec<_> = session.view().approvals.values().filter(pending).cloned().collect();
-    for approval in pending {
-        decide(session.client(), renderer, input, &approval).await?;
-    }
+    let mut decided = HashSet::new();
     loop {
+        // Also what was asked before this terminal looked, and by a turn that this one waits for.
+        while let Some(approval) = open_question(&session.view().approvals, &decided) {
+            decided.insert(approval.id.clone());
+            match question::ask(renderer, input, &approval).await? {
+                Answer::Decided { approve, scope } => {
+                    let scope = scope.into();
+                    let request = pb::DecideApprovalRequest { approval_id: approval.id, approve, scope };
+                    session.client().decide_approval(request).await?;
+                }
+                Answer::Interrupted => {
+                    cancel(session, approval.turn_id.parse()?, &mut cancelled).await?;
+                    let of_turn = session.view().approvals.values().filter(|other| other.turn_id == approval.turn_id);
+                    decided.extend(of_turn.map(|other| other.id.clone()));
+                }
+            }
+        }
         let update = tokio::select! {
             update = session.next() => update?,
             pressed = signal::ctrl_c() => {
                 pressed.context("could not listen for Ctrl-C")?;
-                if cancelled {
-                    bail!("left; the turn is cancelled on the server");
-                }
-                cancelled = true;
-                session.cancel(id).await?;
+                input.discard().await;
+                cancel(session, id, &mut cancelled).await?;
                 continue;
             }
         };
         match renderer.update(&update)? {
-            Seen::ApprovalAsked(approval) if approval.turn_id == turn_id => {
-                decide(session.client(), renderer, input, &approval).await?;
-            }
             Seen::TurnEnded(turn) if turn.id == turn_id => return Ok(turn),
             _ => {}
         }
     }
 }
 
-async fn decide<W: std::io::Write>(
-    client: &Client,
-    renderer: &mut Renderer<W>,
-    input: &mut Input,
-    approval: &pb::Approval,
-) -> Result<()> {
-    renderer.notice(&format!("The agent wants to run {}: {}", approval.tool, approval.input_json))?;
-    let (approve, scope) = loop {
-        let answer = ask(input, "  [y] once   [a] always in this chat   [n] no  > ").await?;
-        match answer.as_deref().map(str::trim) {
-            Some("y" | "yes") => break (true, pb::ApprovalScope::Once),
-            Some("a" | "always") => break (true, pb::ApprovalScope::Session),
-            // The end of the input is nobody there to approve.
-            Some("n" | "no") | None => break (false, pb::ApprovalScope::Once),
-            Some(_) => renderer.notice("  please answer y, a or n")?,
-        }
-    };
-    let request = pb::DecideApprovalRequest { approval_id: approval.id.clone(), approve, scope: scope.into() };
-    client.decide_approval(request).await?;
+/// The oldest question of a chat that waits and was not put to the person yet.
+fn open_question(approvals: &BTreeMap<String, pb::Approval>, decided: &HashSet<String>) -> Option<pb::Approval> {
+    let waits =
+        |approval: &&pb::Approval| approval.status() == pb::ApprovalStatus::Pending && !decided.contains(&approval.id);
+    approvals.values().find(waits).cloned()
+}
+
+async fn cancel(session: &ChatSession, turn: TurnId, cancelled: &mut bool) -> Result<()> {
+    if std::mem::replace(cancelled, true) {
+        bail!("left; the turn is cancelled on the server");
+    }
+    session.cancel(turn).await?;
     Ok(())
 }
 
-async fn ask(input: &mut Input, prompt: &str) -> Result<Option<String>> {
+async fn ask(input: &mut Input, prompt: &str) -> Result<Option<Typed>> {
     eprint!("{prompt}");
     std::io::stderr().flush()?;
     tokio::select! {
-        line = input.next_line() => Ok(line?),
+        typed = input.next() => Ok(typed),
         pressed = signal::ctrl_c() => {
             pressed?;
             eprintln!();
@@ -289,6 +296,27 @@ mod tests {
         };
         let messages = messages.iter().enumerate().map(|(at, one)| message(at, one)).collect();
         Present { messages, begin: 0 }
+    }
+
+    #[test]
+    fn each_open_question_of_a_chat_is_asked_once_whatever_turn_asks() {
+        let asked = |id: &str, turn_id: &str, status: pb::ApprovalStatus| {
+            let approval =
+                pb::Approval { id: id.into(), turn_id: turn_id.into(), status: status.into(), ..Default::default() };
+            (approval.id.clone(), approval)
+        };
+        let approvals = BTreeMap::from([
+            asked("1", "first", pb::ApprovalStatus::Approved),
+            asked("2", "first", pb::ApprovalStatus::Pending),
+            asked("3", "second", pb::ApprovalStatus::Pending),
+        ]);
+        let mut decided = HashSet::new();
+        let mut order = Vec::new();
+        while let Some(approval) = open_question(&approvals, &decided) {
+            decided.insert(approval.id.clone());
+            order.push(approval.id);
+        }
+        assert_eq!(order, ["2", "3"]);
     }
 
     #[test]

@@ -7,6 +7,8 @@ mod daemon;
 mod demo;
 mod doctor;
 mod front;
+mod input;
+mod question;
 mod render;
 mod server;
 mod sim;

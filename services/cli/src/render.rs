@@ -46,7 +46,6 @@ struct ToolShown {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Seen {
     Nothing,
-    ApprovalAsked(pb::Approval),
     TurnEnded(pb::Turn),
 }
 
@@ -135,8 +134,7 @@ impl<W: Write> Renderer<W> {
                 for message in snapshot.messages.iter().filter(|message| message.ordinal > known) {
                     self.message(message)?;
                 }
-                let pending = snapshot.approvals.iter().find(|a| a.status() == pb::ApprovalStatus::Pending);
-                pending.map_or(Seen::Nothing, |approval| Seen::ApprovalAsked(approval.clone()))
+                Seen::Nothing
             }
             ClientUpdate::Reconnected => {
                 self.line(Style::Dim, "… reconnected")?;
@@ -177,9 +175,6 @@ impl<W: Write> Renderer<W> {
                 if let Some(call) = &changed.tool_call {
                     self.tool_call(call)?;
                 }
-            }
-            Some(Kind::ApprovalChanged(approval)) if approval.status() == pb::ApprovalStatus::Pending => {
-                return Ok(Seen::ApprovalAsked(approval.clone()));
             }
             Some(Kind::TurnChanged(turn)) => match turn.status() {
                 pb::TurnStatus::Succeeded | pb::TurnStatus::Cancelled => return Ok(Seen::TurnEnded(turn.clone())),
@@ -433,12 +428,13 @@ impl<W: Write> Renderer<W> {
     }
 }
 
-/// A model's or a tool's text must not steer the terminal: control characters other than newline and tab are shown as
-/// pictures.
+/// A model's or a tool's text must not steer the terminal: control characters other than newline and tab, and those that
+/// reorder text, are shown as pictures.
 fn printable(text: &str) -> String {
     text.chars()
         .map(|c| match c {
             '\n' | '\t' => c,
+            '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => char::REPLACEMENT_CHARACTER,
             c if c.is_control() => char::REPLACEMENT_CHARACTER,
             c => c,
         })

@@ -6,6 +6,7 @@ pub mod id;
 pub mod limits;
 pub mod secret;
 pub mod url;
+pub mod visible;
 
 /// Makes an async function return a boxed future. What a crate offers to others carries it: the compiler then generates
 /// the function's code once, in its own crate, and not again in each that awaits it. The price is an allocation a call.
@@ -13,6 +14,7 @@ pub use async_recursion::async_recursion as boxed;
 pub use code::{Code, Failure};
 pub use id::*;
 pub use secret::Secret;
+pub use visible::{bounded, visible};
 
 /// The protobuf messages of `proto/reliant/v1`, without services.
 #[allow(clippy::all, clippy::unwrap_used, missing_docs)]
