@@ -50,6 +50,8 @@ pub struct ApiDeps {
     pub models: reliant_models::Models,
     /// Must be able to sign, or nobody can sign in by a link here.
     pub jwt: reliant_middleware::Jwt,
+    /// How long who signed in by a link stays signed in.
+    pub access_token_ttl: std::time::Duration,
     pub instance: reliant_types::InstanceId,
 }
 

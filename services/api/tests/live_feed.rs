@@ -26,6 +26,7 @@ use tower::ServiceExt as _;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 const MODEL: &str = "sim/text";
+const ACCESS_TOKEN_TTL: Duration = Duration::from_secs(60);
 
 /// One api in this process, on servers of its own.
 struct Bench {
@@ -78,6 +79,7 @@ impl Bench {
             flows: Flows::connect(&flows).await?,
             models: Models::new(models)?,
             jwt: jwt.clone(),
+            access_token_ttl: ACCESS_TOKEN_TTL,
             instance: InstanceId::new(),
         };
         let any = "127.0.0.1:0".parse()?;
@@ -334,6 +336,18 @@ fn unusable(reason: &str) -> u64 {
 
 async fn last_seq(bench: &Bench, chat: ChatId) -> Result<i64> {
     Ok(bench.store.last_seqs(&[chat]).await?.first().context("no chat")?.1)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sign_in_lasts_as_long_as_configured() -> Result<()> {
+    let bench = Bench::start().await?;
+    let person = bench.person("ada").await?;
+    let code = bench.store.create_login_code(person.user, PATIENCE).await?;
+    let mut identity = rpc::identity_service_client::IdentityServiceClient::new(person.channel.clone());
+    let signed_in = identity.exchange_login_code(pb::ExchangeLoginCodeRequest { code }).await?.into_inner();
+    let left = signed_in.expires_at.context("no end")?.seconds - reliant_types::unix_us() / 1_000_000;
+    assert!((1..=60).contains(&left), "the session ends in {left} s");
+    Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread")]

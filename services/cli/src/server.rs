@@ -37,6 +37,7 @@ pub async fn run(global: Global, command: ServerCommand) -> Result<()> {
                 flows: Flows::connect(&config.flows).await?,
                 models: Models::new(config.models.clone())?,
                 jwt: config.auth.jwt()?,
+                access_token_ttl: config.auth.access_token_ttl,
                 store,
                 instance,
             };

@@ -67,7 +67,7 @@ impl Default for AuthConfig {
         Self {
             jwt_key_pem: Secret::default(),
             jwt_key_file: None,
-            access_token_ttl: Duration::from_secs(7 * 24 * 3600),
+            access_token_ttl: Duration::from_secs(12 * 3600),
         }
     }
 }

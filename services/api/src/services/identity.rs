@@ -10,7 +10,6 @@ use tonic::{Request, Response, Status};
 
 use crate::app::{App, answer, refused};
 
-const ACCESS_TOKEN_TTL: Duration = Duration::from_secs(12 * 3600);
 const LOGIN_CODE_TTL: Duration = Duration::from_secs(10 * 60);
 const LOGIN_CODE_MAX_BYTES: usize = 256;
 
@@ -49,7 +48,7 @@ impl Identity {
             return Err(Failure::field("code", "code is not one of a sign-in link; ask for a new link"));
         }
         let user = self.0.deps.store.use_login_code(&request.code).await.map_err(refused)?;
-        let (access_token, expires_at) = self.0.deps.jwt.sign(&user.subject, ACCESS_TOKEN_TTL)?;
+        let (access_token, expires_at) = self.0.deps.jwt.sign(&user.subject, self.0.deps.access_token_ttl)?;
         Ok(pb::ExchangeLoginCodeResponse { access_token, expires_at: Some(timestamp(expires_at.into())) })
     }
 
