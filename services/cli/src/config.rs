@@ -56,11 +56,15 @@ impl Config {
 fn sources(global: &Global) -> Result<Sources, ConfigError> {
     let mut sources = Sources::from_process();
     sources.file = global.config.clone();
-    for setting in &global.set {
-        let Some((key, value)) = setting.split_once('=') else {
-            return Err(ConfigError::Incomplete(format!("--set {setting} has no '='; write --set key=value")));
-        };
-        sources.flags.push((key.to_owned(), value.to_owned()));
-    }
+    sources.flags = settings(global)?;
     Ok(sources)
+}
+
+/// The keys and values of `--set`.
+pub fn settings(global: &Global) -> Result<Vec<(String, String)>, ConfigError> {
+    let pair = |setting: &String| match setting.split_once('=') {
+        Some((key, value)) => Ok((key.to_owned(), value.to_owned())),
+        None => Err(ConfigError::Incomplete(format!("--set {setting} has no '='; write --set key=value"))),
+    };
+    global.set.iter().map(pair).collect()
 }

@@ -39,6 +39,7 @@ pub async fn run(args: DemoArgs) -> Result<()> {
         observe: false,
         environment: Vec::new(),
         config: None,
+        settings: Vec::new(),
     };
     let up = up::start(plan).await?;
     say(&format!("mesh up in {:.1} s at {}", started.elapsed().as_secs_f64(), up.running.api_url));

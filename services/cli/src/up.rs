@@ -11,13 +11,13 @@ use anyhow::{Context as _, Result, bail};
 use reliant_devstack::{DaemonSpec, Mesh, MeshSpec, Placement, RoleProcess, Server, Stack, StackConfig, StackError};
 use reliant_middleware::Jwt;
 use reliant_observe::{Observe, ObserveConfig};
-use reliant_runtime::Drain;
+use reliant_runtime::{Drain, config::ENV_PREFIX};
 use reliant_store::{Store, StoreConfig};
 use serde::{Deserialize, Serialize};
 
 use crate::{
     args::{Global, UpArgs},
-    config::Config,
+    config::{Config, settings},
 };
 
 /// What `reliant up` leaves for other commands on this machine, readable by its person alone.
@@ -35,9 +35,21 @@ const RUNNING_FILE: &str = "up.json";
 /// How long a role may take to hand over what it holds, once Ctrl-C was pressed.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(20);
 const SUPERVISE_INTERVAL: Duration = Duration::from_millis(500);
+/// Keys that `up` gives each role itself, and whose value is not the person's to choose.
+const CHOSEN_KEYS: [&str; 8] = [
+    "api.listen",
+    "api.admin",
+    "gateway.listen",
+    "gateway.admin",
+    "worker.admin",
+    "bus.url",
+    "bus.inbox_prefix",
+    "telemetry.spool_dir",
+];
 const LOCAL_SUBJECT: &str = "local";
 const LOGIN_CODE_TTL: Duration = Duration::from_secs(24 * 60 * 60);
-const TOKEN_TTL: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+/// Of the token that other commands here use; each start writes a new one.
+const TOKEN_TTL: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 
 /// `--data-dir`, `RELIANT_DATA_DIR`, else the usual place.
 pub fn data_dir(given: &Option<PathBuf>) -> Result<PathBuf> {
@@ -81,6 +93,8 @@ pub struct Plan {
     /// Variables that the daemon and its tools get besides the harmless ones.
     pub environment: Vec<String>,
     pub config: Option<PathBuf>,
+    /// `--set` of each role.
+    pub settings: Vec<(String, String)>,
 }
 
 pub async fn run(global: Global, args: UpArgs) -> Result<()> {
@@ -98,6 +112,14 @@ pub async fn run(global: Global, args: UpArgs) -> Result<()> {
     }
     let root = std::fs::canonicalize(&args.root)
         .with_context(|| format!("the directory {} cannot be opened", args.root.display()))?;
+    // A key that no role knows is refused here, and not by each role's log.
+    Config::load(&global)?;
+    let settings = settings(&global)?;
+    if let Some((key, _)) = settings.iter().find(|(key, _)| CHOSEN_KEYS.contains(&key.as_str())) {
+        bail!(
+            "--set {key} has no effect here: `reliant up` chooses it; start the roles with `reliant server` to set it"
+        );
+    }
     let drain = Drain::new();
     drain.watch_signals().context("could not listen for Ctrl-C")?;
     let started = Instant::now();
@@ -111,6 +133,7 @@ pub async fn run(global: Global, args: UpArgs) -> Result<()> {
         observe: args.observe,
         environment,
         config: global.config,
+        settings,
     };
     let up = tokio::select! {
         up = start(plan) => match up {
@@ -162,7 +185,7 @@ pub async fn start(plan: Plan) -> Result<Up> {
         None => String::new(),
     };
     let observe = if plan.observe { Some(observe(plan.usual_ports).await?) } else { None };
-    let mut env = Vec::new();
+    let mut env: Vec<_> = plan.settings.iter().map(|(key, value)| (variable(key), value.clone())).collect();
     if let Some(observe) = &observe {
         env.push(("RELIANT_TELEMETRY__OTLP_ENDPOINT".to_owned(), observe.url()));
     }
@@ -234,6 +257,11 @@ pub async fn start(plan: Plan) -> Result<Up> {
     stack.announce(&running.api_url)?;
     let login_url = format!("{}/#code={code}", running.api_url);
     Ok(Up { stack, mesh, daemon, store, running, login_url, _observe: observe })
+}
+
+/// The environment variable of a configuration key.
+fn variable(key: &str) -> String {
+    format!("{ENV_PREFIX}{}", key.to_uppercase().replace('.', "__"))
 }
 
 /// On the usual port where it is free, else on any.
@@ -342,4 +370,18 @@ pub fn write_private(path: &Path, bytes: &[u8]) -> Result<()> {
 /// The program's own voice. Whoever closed the pipe wants no more of it, and what runs goes on.
 pub fn say(line: &str) {
     let _ = writeln!(std::io::stdout(), "{line}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_setting_of_up_is_a_variable_of_its_roles() {
+        assert_eq!(variable("api.limits.streams"), "RELIANT_API__LIMITS__STREAMS");
+        let global = |set: &str| Global { config: None, set: vec![set.into()] };
+        assert_eq!(settings(&global("a.b=c=d")).unwrap(), [("a.b".to_owned(), "c=d".to_owned())]);
+        assert!(settings(&global("a.b")).is_err());
+        assert!(Config::load(&global("api.limits.nonsense=3")).is_err());
+    }
 }
