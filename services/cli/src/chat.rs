@@ -234,7 +234,7 @@ async fn watch<W: std::io::Write>(
             }
         };
         match renderer.update(&update)? {
-            Seen::TurnEnded(turn) if turn.id == turn_id => return Ok(turn),
+            Seen::TurnEnded(turn) if turn.id == turn_id => return Ok(*turn),
             _ => {}
         }
     }

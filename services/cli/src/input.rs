@@ -2,8 +2,10 @@
 //! an answer to a question can be told from what was typed before the question was on the screen.
 
 use std::{
+    collections::VecDeque,
     io::{IsTerminal as _, Read as _, Write as _},
     sync::Arc,
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail};
@@ -12,11 +14,14 @@ use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     termios::{QueueSelector, tcflush},
 };
-use tokio::sync::{Mutex, mpsc};
+use tokio::sync::{Mutex, Notify};
 
 /// A terminal hands over no more of one line; what follows is lost in the kernel.
 const LINE_MAX_BYTES: usize = 4095;
 const READ_BYTES: usize = 64 * 1024;
+/// Entries that wait to be taken; beyond them the terminal holds what is typed.
+const ENTRIES_MAX: usize = 256;
+const FULL_WAIT: Duration = Duration::from_millis(20);
 const PASTE_BEGIN: &[u8] = b"\x1b[200~";
 const PASTE_END: &[u8] = b"\x1b[201~";
 /// Asks the terminal to mark what is pasted.
@@ -95,46 +100,67 @@ impl Lines {
     }
 }
 
+/// What was read and not taken yet.
+#[derive(Default)]
+struct Waiting {
+    lines: Lines,
+    entries: VecDeque<Typed>,
+    ended: bool,
+}
+
+#[derive(Default)]
+struct Shared {
+    /// Held while bytes are taken from the terminal, so that [`Input::discard`] sees either none of them or their entries.
+    waiting: Mutex<Waiting>,
+    changed: Notify,
+}
+
 /// The terminal's entries as they come. Dropping it gives the terminal back.
 pub struct Input {
-    entries: mpsc::UnboundedReceiver<Typed>,
-    /// Held while bytes are taken from the terminal, so that [`Self::discard`] sees either none of them or their entries.
-    lines: Arc<Mutex<Lines>>,
+    shared: Arc<Shared>,
     terminal: bool,
 }
 
 impl Input {
     /// Reads a terminal. Anything else has no entries: there is nobody to answer.
     pub fn new() -> Result<Self> {
-        let (sender, entries) = mpsc::unbounded_channel();
-        let lines = Arc::new(Mutex::new(Lines::default()));
         let terminal = std::io::stdin().is_terminal();
+        let waiting = Mutex::new(Waiting { ended: !terminal, ..Waiting::default() });
+        let shared = Arc::new(Shared { waiting, changed: Notify::new() });
         if terminal {
-            let held = Arc::clone(&lines);
+            let read = Arc::clone(&shared);
             let reader = std::thread::Builder::new().name("terminal".into());
-            reader.spawn(move || read_terminal(&held, &sender)).context("no thread could be started")?;
+            reader.spawn(move || read_terminal(&read)).context("no thread could be started")?;
             mark_pastes(MARK_PASTES);
         }
-        Ok(Self { entries, lines, terminal })
+        Ok(Self { shared, terminal })
     }
 
     /// The next entry; `None`: there are no more.
     pub async fn next(&mut self) -> Option<Typed> {
-        self.entries.recv().await
+        loop {
+            let mut waiting = self.shared.waiting.lock().await;
+            if let Some(typed) = waiting.entries.pop_front() {
+                return Some(typed);
+            }
+            if waiting.ended {
+                return None;
+            }
+            drop(waiting);
+            self.shared.changed.notified().await;
+        }
     }
 
     /// Forgets all that was typed until now; true: there was something.
     pub async fn discard(&mut self) -> bool {
-        let mut lines = self.lines.lock().await;
-        let mut found = !lines.line.is_empty() || !lines.entry.is_empty();
-        *lines = Lines::default();
+        let mut waiting = self.shared.waiting.lock().await;
+        let lines = std::mem::take(&mut waiting.lines);
         if self.terminal {
             // A terminal that cannot be flushed is one that hung up; its end is found by the reader.
             let _ = tcflush(std::io::stdin(), QueueSelector::IFlush);
         }
-        while self.entries.try_recv().is_ok() {
-            found = true;
-        }
+        let found = !waiting.entries.is_empty() || !lines.line.is_empty() || !lines.entry.is_empty();
+        waiting.entries.clear();
         found
     }
 }
@@ -155,34 +181,39 @@ fn mark_pastes(sequence: &str) {
     }
 }
 
-fn read_terminal(held: &Mutex<Lines>, entries: &mpsc::UnboundedSender<Typed>) {
+fn read_terminal(shared: &Shared) {
     let mut bytes = vec![0; READ_BYTES];
     loop {
         if !readable(None) {
             continue;
         }
-        let mut lines = held.blocking_lock();
+        let mut waiting = shared.waiting.blocking_lock();
+        if waiting.entries.len() >= ENTRIES_MAX {
+            drop(waiting);
+            std::thread::park_timeout(FULL_WAIT);
+            continue;
+        }
         // What was there may have been flushed meanwhile; a read would then wait with the lock held.
         if !readable(Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) {
             continue;
         }
         let typed = match rustix::io::read(std::io::stdin(), &mut bytes[..]) {
-            Ok(0) => lines.end().into_iter().collect(),
-            Ok(count) => {
-                for typed in lines.feed(&bytes[..count]) {
-                    if entries.send(typed).is_err() {
-                        return;
-                    }
-                }
-                continue;
-            }
             Err(rustix::io::Errno::INTR) => continue,
-            Err(_) => vec![Typed::Refused(NO_LONGER_READ)],
+            Ok(count) if count > 0 => waiting.lines.feed(&bytes[..count]),
+            ended => {
+                waiting.ended = true;
+                if ended.is_ok() {
+                    waiting.lines.end().into_iter().collect()
+                } else {
+                    vec![Typed::Refused(NO_LONGER_READ)]
+                }
+            }
         };
-        for typed in typed {
-            let _ = entries.send(typed);
+        waiting.entries.extend(typed);
+        shared.changed.notify_one();
+        if waiting.ended {
+            return;
         }
-        return;
     }
 }
 
@@ -257,16 +288,16 @@ mod tests {
 
     #[tokio::test]
     async fn what_was_typed_before_a_question_is_forgotten() {
-        let (sender, entries) = mpsc::unbounded_channel();
-        let lines = Arc::new(Mutex::new(Lines::default()));
-        let mut input = Input { entries, lines: Arc::clone(&lines), terminal: false };
-        for typed in lines.lock().await.feed(b"y\nhalf a li") {
-            sender.send(typed).unwrap();
-        }
+        let shared = Arc::new(Shared::default());
+        let mut input = Input { shared: Arc::clone(&shared), terminal: false };
+        let read = async |bytes: &[u8]| {
+            let mut waiting = shared.waiting.lock().await;
+            let typed = waiting.lines.feed(bytes);
+            waiting.entries.extend(typed);
+        };
+        read(b"y\nhalf a li").await;
         assert!(input.discard().await);
-        for typed in lines.lock().await.feed(b"n\n") {
-            sender.send(typed).unwrap();
-        }
+        read(b"n\n").await;
         assert_eq!(input.next().await, Some(text("n")));
         assert!(!input.discard().await);
     }

@@ -46,7 +46,7 @@ struct ToolShown {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Seen {
     Nothing,
-    TurnEnded(pb::Turn),
+    TurnEnded(Box<pb::Turn>),
 }
 
 pub struct Renderer<W> {
@@ -177,10 +177,12 @@ impl<W: Write> Renderer<W> {
                 }
             }
             Some(Kind::TurnChanged(turn)) => match turn.status() {
-                pb::TurnStatus::Succeeded | pb::TurnStatus::Cancelled => return Ok(Seen::TurnEnded(turn.clone())),
+                pb::TurnStatus::Succeeded | pb::TurnStatus::Cancelled => {
+                    return Ok(Seen::TurnEnded(Box::new(turn.clone())));
+                }
                 pb::TurnStatus::Failed => {
                     self.line(Style::Red, &format!("✗ {} ({})", turn.error_message, turn.error_code))?;
-                    return Ok(Seen::TurnEnded(turn.clone()));
+                    return Ok(Seen::TurnEnded(Box::new(turn.clone())));
                 }
                 pb::TurnStatus::WaitingDaemon => {
                     self.line(Style::Yellow, "… the daemon is away; the turn goes on when it is back")?;
