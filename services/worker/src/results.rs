@@ -54,7 +54,7 @@ async fn commit(engine: &Arc<Engine>, received: Received<ResultSubject>) {
                 // The same result will never be a better one.
                 tracing::debug!(error = said, tool.call_id = %call, "a result that no call can have was discarded");
                 metrics::TOOL_RESULTS.with_label_values(&["malformed"]).inc();
-                acknowledge(engine, received, pb::AckOutcome::Discarded).await;
+                acknowledge(engine, received, pb::AckOutcome::Discarded, 0).await;
                 return;
             }
             // No acknowledgement: the daemon offers it again.
@@ -64,6 +64,9 @@ async fn commit(engine: &Arc<Engine>, received: Received<ResultSubject>) {
         }
     };
     let fate = committed.value;
+    // By the database's clock, as the dispatch's; a result that was not applied has none.
+    let stored = committed.events.first().and_then(|event| event.time.as_ref());
+    let stored_ms = stored.map_or(0, |time| time.seconds * 1000 + i64::from(time.nanos / 1_000_000));
     metrics::TOOL_RESULTS.with_label_values(&[fate.label()]).inc();
     let applied = fate == ResultFate::Committed;
     let settled = match fate {
@@ -76,15 +79,15 @@ async fn commit(engine: &Arc<Engine>, received: Received<ResultSubject>) {
     }
     // The sender of the call waits for it here and asks Postgres itself: a wake would only cost.
     engine.tell_with(committed, !settled.awaited);
-    acknowledge(engine, received, fate.ack()).await;
+    acknowledge(engine, received, fate.ack(), stored_ms).await;
 }
 
-async fn acknowledge(engine: &Engine, received: Received<ResultSubject>, outcome: pb::AckOutcome) {
+async fn acknowledge(engine: &Engine, received: Received<ResultSubject>, outcome: pb::AckOutcome, stored_ms: i64) {
     let ack = pb::ResultAck {
         call_id: received.message.call_id.clone(),
         generation: received.message.generation,
         outcome: outcome as i32,
-        acknowledged_at_ms: chrono::Utc::now().timestamp_millis(),
+        acknowledged_at_ms: stored_ms,
     };
     if let Err(error) = received.reply(&engine.bus, &ack).await {
         tracing::debug!(error = %chain(&error), tool.call_id = %received.topic.call, "an acknowledgement was not sent; the result comes again");

@@ -64,11 +64,7 @@ pub struct AuthConfig {
 
 impl Default for AuthConfig {
     fn default() -> Self {
-        Self {
-            jwt_key_pem: Secret::default(),
-            jwt_key_file: None,
-            access_token_ttl: Duration::from_secs(12 * 3600),
-        }
+        Self { jwt_key_pem: Secret::default(), jwt_key_file: None, access_token_ttl: Duration::from_secs(12 * 3600) }
     }
 }
 

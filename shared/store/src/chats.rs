@@ -232,6 +232,12 @@ impl Store {
         )
         .execute(tx.conn())
         .await?;
+        if row.to_pb().mode != before.mode {
+            // Turns that are under way or wait go on in it: each round of a turn is judged by the turn's own.
+            sqlx::query!("UPDATE turns SET mode = $2 WHERE chat_id = $1 AND ended_at IS NULL", row.id, row.mode)
+                .execute(tx.conn())
+                .await?;
+        }
         tx.chat_changed();
         let chat = pb::Chat { last_seq: row.last_seq + 1, ..row.to_pb() };
         tx.commit(chat).await
@@ -262,6 +268,9 @@ impl Store {
             .await?
             .ok_or(StoreError::not_found("daemon"))?;
             check_root(&row.declarations, root_id)?;
+            if (tx.chat.daemon_id, tx.chat.root_id.as_str()) != (Some(daemon.0), root_id) {
+                end_session_approvals(&mut tx).await?;
+            }
             (tx.chat.daemon_id, tx.chat.root_id) = (Some(daemon.0), root_id.to_owned());
             sqlx::query!("UPDATE chats SET daemon_id = $2, root_id = $3 WHERE id = $1", chat.0, daemon.0, root_id)
                 .execute(tx.conn())
@@ -288,6 +297,14 @@ impl Store {
         })
         .await
     }
+}
+
+/// What a person let through for the rest of the chat was for the machine and the root of then.
+async fn end_session_approvals(tx: &mut ChatTx) -> Result<()> {
+    sqlx::query!("UPDATE approvals SET scope = 'once' WHERE chat_id = $1 AND scope = 'session'", tx.chat.id)
+        .execute(tx.conn())
+        .await?;
+    Ok(())
 }
 
 /// A daemon that never connected has declared nothing: any root may be named for it.

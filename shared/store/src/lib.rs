@@ -19,6 +19,7 @@ mod instances;
 mod lead;
 mod messages;
 mod model;
+mod new_calls;
 mod openings;
 mod pages;
 mod places;

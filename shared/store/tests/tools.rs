@@ -478,3 +478,27 @@ async fn a_call_is_not_sent_ahead_of_those_before_it_whoever_asks() {
     assert_eq!(world.step().await, Step::Dispatch { turn, calls: vec![calls[4]] });
     assert_eq!(sent().await, [4]);
 }
+
+#[tokio::test]
+async fn approvals_for_a_chat_end_with_its_machine_and_a_new_mode_governs_open_turns() {
+    let world = World::new().await;
+    let (turn, calls) = world.asked(vec![asking(0, "shell")]).await;
+    let approvals = world.approvals().await;
+    let _ = world.store().decide_approval(world.user, approvals[0], true, pb::ApprovalScope::Session).await.unwrap();
+    world.dispatch(calls[0]).await;
+    assert_eq!(world.ack(&world.result(calls[0], 1, "")).await, pb::AckOutcome::Committed);
+    let statuses = async |turn| world.calls(turn).await.last().unwrap().status();
+    let attempt = world.claim(turn, 1).await;
+    let _ = world.store().commit_message(answer(&attempt, "more", vec![asking(0, "shell")])).await.unwrap();
+    assert_eq!(statuses(turn).await, Status::Pending, "let through for the chat");
+    let _ = world.store().request_cancel(world.user, turn).await.unwrap();
+
+    let queued = world.turn("queued in ask").await;
+    let _ = world.store().configure_chat(world.user, world.chat, Some(pb::ChatMode::Plan), None).await.unwrap();
+    let attempt = world.claim(queued, 0).await;
+    assert_eq!(attempt.mode, pb::ChatMode::Plan);
+    let (other, _) = world.store().register_daemon(world.user, "another", false).await.unwrap();
+    let _ = world.store().select_daemon(world.user, world.chat, other, "").await.unwrap();
+    let _ = world.store().commit_message(answer(&attempt, "and there", vec![asking(0, "shell")])).await.unwrap();
+    assert_eq!(statuses(queued).await, Status::WaitingApproval, "it was let through on another machine");
+}
