@@ -7,15 +7,15 @@ use reliant_types::{DaemonId, TokenId, pb::control::Kind};
 use std::{
     collections::HashSet,
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 use tokio::time::MissedTickBehavior;
 
 use crate::hub::{End, Hub};
 
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
-/// Clocks differ, and a transaction commits later than its time says.
-const OVERLAP: chrono::TimeDelta = chrono::TimeDelta::seconds(60);
+/// A transaction commits later than its time says.
+const OVERLAP: Duration = Duration::from_secs(60);
 
 /// Follows the messages until the bus is closed.
 pub(crate) async fn listen(hub: Arc<Hub>, mut control: Subscription<ControlSubject>) {
@@ -46,11 +46,11 @@ fn revoke(hub: &Hub, kind: Option<Kind>) {
 pub(crate) async fn poll(hub: Arc<Hub>) {
     let mut tick = tokio::time::interval(POLL_INTERVAL);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut since = chrono::Utc::now();
+    let mut since = Instant::now();
     loop {
         tick.tick().await;
-        let now = chrono::Utc::now();
-        match hub.store.revoked_since(since - OVERLAP).await {
+        let now = Instant::now();
+        match hub.store.revoked_within(since.elapsed() + OVERLAP).await {
             Ok(tokens) => {
                 since = now;
                 end_tokens(&hub, &tokens.into_iter().collect());

@@ -116,8 +116,8 @@ pub trait TokenSource: Send + Sync + 'static {
     /// `TOKEN_INVALID`, `TOKEN_EXPIRED` or `TOKEN_REVOKED` where it is not good.
     async fn token_by_secret(&self, secret: &str) -> Result<TokenInfo, Failure>;
 
-    /// Tokens revoked since then.
-    async fn revoked_since(&self, since: SystemTime) -> Result<Vec<TokenId>, Failure>;
+    /// Tokens revoked no longer ago than this, by the store's clock.
+    async fn revoked_within(&self, ago: Duration) -> Result<Vec<TokenId>, Failure>;
 }
 
 /// Clones share one cache.
@@ -200,12 +200,12 @@ impl StoreAuthenticator {
 
     /// Asks the store for revocations, for ever: how a stream learns of one whose hint was lost. To be spawned once.
     pub async fn watch_revocations(self) {
-        let mut since = SystemTime::now();
+        let mut since = Instant::now();
         loop {
             tokio::time::sleep(REVOCATION_POLL).await;
-            let asked = SystemTime::now();
+            let asked = Instant::now();
             // A store that is away lets nobody in anew, and streams get nothing new from it either.
-            match self.0.source.revoked_since(since - REVOCATION_OVERLAP).await {
+            match self.0.source.revoked_within(since.elapsed() + REVOCATION_OVERLAP).await {
                 Ok(tokens) => {
                     tokens.into_iter().for_each(|token| self.0.revoke(token));
                     since = asked;

@@ -27,7 +27,7 @@ impl TokenSource for Fake {
         self.tokens.lock().get(secret).cloned().unwrap_or_else(unknown)
     }
 
-    async fn revoked_since(&self, _: SystemTime) -> Result<Vec<TokenId>, Failure> {
+    async fn revoked_within(&self, _: Duration) -> Result<Vec<TokenId>, Failure> {
         Ok(self.revoked.lock().clone())
     }
 }

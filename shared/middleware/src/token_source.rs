@@ -1,6 +1,6 @@
 //! The store as a source of tokens.
 
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use reliant_store::Store;
@@ -29,7 +29,7 @@ impl TokenSource for Store {
         })
     }
 
-    async fn revoked_since(&self, since: SystemTime) -> Result<Vec<TokenId>, Failure> {
-        Store::revoked_since(self, since.into()).await.map_err(Failure::from)
+    async fn revoked_within(&self, ago: Duration) -> Result<Vec<TokenId>, Failure> {
+        Store::revoked_within(self, ago).await.map_err(Failure::from)
     }
 }

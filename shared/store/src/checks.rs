@@ -1,5 +1,6 @@
 //! What is refused before a row is written, with the field and the way out.
 
+use reliant_telemetry::sampled;
 use reliant_types::{Code, Failure, limits};
 
 /// Postgres cannot hold U+0000 in a text.
@@ -50,6 +51,16 @@ pub(crate) fn page_size(asked: i32, default: i64, max: i64) -> Result<i64, Failu
         size if (1..=max).contains(&size) => Ok(size),
         _ => Err(Failure::field("page_size", format!("page_size is 1 to {max}, or 0 for {default}"))),
     }
+}
+
+/// What one user may have of something. `way_out` says how there is room again.
+pub(crate) fn at_most(what: &'static str, held: i64, max: i64, way_out: &str) -> Result<(), Failure> {
+    if held < max {
+        return Ok(());
+    }
+    sampled::refused(what);
+    let text = format!("you have {held} {what}, which is as many as one user may have; {way_out}");
+    Err(Failure::new(Code::LimitReached, text))
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@
 
 use prost::Message as _;
 use reliant_types::{
-    Code, DaemonId, Failure, InstanceId, UserId, boxed, limits,
+    Code, DaemonId, Failure, InstanceId, TokenId, UserId, boxed, limits,
     pb::{self, feed_event::Kind as FeedKind},
     timestamp,
 };
@@ -37,9 +37,22 @@ fn listed(mut declared: pb::Declarations) -> pb::Declarations {
 }
 
 impl Store {
-    /// A daemon's identity and its token. `replace`: a daemon of that name gets a new token, and its old ones are void.
+    /// As [`Store::register_daemon_by`], on behalf of a person who has signed in.
     #[boxed]
     pub async fn register_daemon(&self, user: UserId, name: &str, replace: bool) -> Result<(DaemonId, String)> {
+        self.register_daemon_by(user, name, replace, None).await
+    }
+
+    /// A daemon's identity and its token. `replace`: a daemon of that name gets a new token, and its old ones are void.
+    /// `made_by`: the token with which it was asked for. The daemon's own ends with it: no token makes what outlives it.
+    #[boxed]
+    pub async fn register_daemon_by(
+        &self,
+        user: UserId,
+        name: &str,
+        replace: bool,
+        made_by: Option<TokenId>,
+    ) -> Result<(DaemonId, String)> {
         checks::name("name", name, 100)?;
         self.run("register_daemon", async || {
             let mut tx = self.begin().await?;
@@ -66,6 +79,13 @@ impl Store {
                     id
                 }
                 None => {
+                    let held = sqlx::query_scalar!(
+                        r#"SELECT count(*) AS "held!" FROM daemons WHERE user_id = $1 AND revoked_at IS NULL"#,
+                        user.0,
+                    )
+                    .fetch_one(&mut *tx)
+                    .await?;
+                    checks::at_most("daemons", held, limits::USER_DAEMONS_MAX, "revoke those that are gone")?;
                     let id = DaemonId::new().0;
                     sqlx::query!("INSERT INTO daemons (id, user_id, name) VALUES ($1, $2, $3)", id, user.0, name)
                         .execute(&mut *tx)
@@ -81,7 +101,20 @@ impl Store {
                 }
             };
             let scopes = [DAEMON_SCOPE.to_owned()];
-            let (_, secret) = insert_token(&mut tx, user, name, &scopes, Some(DaemonId(daemon)), None).await?;
+            let maker = match made_by {
+                Some(token) => sqlx::query!(
+                    "SELECT expires_at FROM api_tokens WHERE id = $1 AND user_id = $2 AND revoked_at IS NULL FOR SHARE",
+                    token.0,
+                    user.0,
+                )
+                .fetch_optional(&mut *tx)
+                .await?
+                .ok_or_else(|| Failure::new(Code::TokenRevoked, "this token was revoked; make a new one"))?
+                .expires_at,
+                None => None,
+            };
+            let (_, secret) =
+                insert_token(&mut tx, user, name, &scopes, Some(DaemonId(daemon)), maker, made_by).await?;
             tx.commit().await?;
             Ok((DaemonId(daemon), secret))
         })

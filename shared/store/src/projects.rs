@@ -1,6 +1,6 @@
 //! Projects: names under which a person keeps chats.
 
-use reliant_types::{Code, Failure, ProjectId, UserId, boxed, pb, timestamp};
+use reliant_types::{Code, Failure, ProjectId, UserId, boxed, limits, pb, timestamp};
 
 use crate::{Result, Store, StoreError, checks};
 
@@ -9,6 +9,13 @@ impl Store {
     pub async fn create_project(&self, user: UserId, name: &str) -> Result<pb::Project> {
         checks::name("name", name, 200)?;
         self.run("create_project", async || {
+            let held = sqlx::query_scalar!(
+                r#"SELECT count(*) AS "held!" FROM projects WHERE user_id = $1 AND archived_at IS NULL"#,
+                user.0,
+            )
+            .fetch_one(&self.pool)
+            .await?;
+            checks::at_most("projects", held, limits::USER_PROJECTS_MAX, "archive some")?;
             let id = ProjectId::new();
             let created_at = sqlx::query_scalar!(
                 "INSERT INTO projects (id, user_id, name) VALUES ($1, $2, $3) RETURNING created_at",

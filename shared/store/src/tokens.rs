@@ -1,7 +1,9 @@
 //! Personal access tokens and daemons' tokens. A secret is given out once and stored hashed.
 
+use std::time::Duration;
+
 use chrono::{DateTime, Utc};
-use reliant_types::{Code, DaemonId, Failure, TokenId, UserId, boxed, pb, timestamp};
+use reliant_types::{Code, DaemonId, Failure, TokenId, UserId, boxed, limits, pb, timestamp};
 
 use crate::{Result, Store, StoreError, TokenRow, checks, pool::Tx, secret};
 
@@ -19,7 +21,17 @@ impl Store {
         checks::name("name", name, 100)?;
         self.run("create_token", async || {
             let mut tx = self.begin().await?;
-            let created = insert_token(&mut tx, user, name, scopes, daemon, expires_at).await?;
+            if daemon.is_none() {
+                let held = sqlx::query_scalar!(
+                    r#"SELECT count(*) AS "held!" FROM api_tokens WHERE user_id = $1 AND daemon_id IS NULL AND revoked_at IS NULL
+                         AND (expires_at IS NULL OR expires_at > now())"#,
+                    user.0,
+                )
+                .fetch_one(&mut *tx)
+                .await?;
+                checks::at_most("tokens", held, limits::USER_TOKENS_MAX, "revoke those that are not used any more")?;
+            }
+            let created = insert_token(&mut tx, user, name, scopes, daemon, expires_at, None).await?;
             tx.commit().await?;
             Ok(created)
         })
@@ -91,12 +103,12 @@ impl Store {
         .await
     }
 
-    /// Revoking twice changes nothing.
+    /// Goes with what it made. Revoking twice changes nothing.
     #[boxed]
     pub async fn revoke_token(&self, user: UserId, token: TokenId) -> Result<()> {
         self.run("revoke_token", async || {
             let revoked = sqlx::query!(
-                "UPDATE api_tokens SET revoked_at = COALESCE(revoked_at, now()) WHERE id = $1 AND user_id = $2",
+                "UPDATE api_tokens SET revoked_at = COALESCE(revoked_at, now()) WHERE (id = $1 OR made_by = $1) AND user_id = $2",
                 token.0,
                 user.0,
             )
@@ -107,13 +119,13 @@ impl Store {
         .await
     }
 
-    /// Tokens revoked since then, by the database's clock.
+    /// Tokens revoked no longer ago than this. Both times are the database's: who asks may have a wrong clock.
     #[boxed]
-    pub async fn revoked_since(&self, since: DateTime<Utc>) -> Result<Vec<TokenId>> {
-        self.run("revoked_since", async || {
+    pub async fn revoked_within(&self, ago: Duration) -> Result<Vec<TokenId>> {
+        self.run("revoked_within", async || {
             let rows = sqlx::query_scalar!(
-                "SELECT id FROM api_tokens WHERE revoked_at IS NOT NULL AND revoked_at >= $1",
-                since
+                "SELECT id FROM api_tokens WHERE revoked_at IS NOT NULL AND revoked_at >= now() - $1 * interval '1 second'",
+                ago.as_secs_f64(),
             )
             .fetch_all(&self.pool)
             .await?;
@@ -130,12 +142,13 @@ pub(crate) async fn insert_token(
     scopes: &[String],
     daemon: Option<DaemonId>,
     expires_at: Option<DateTime<Utc>>,
+    made_by: Option<TokenId>,
 ) -> Result<(pb::Token, String)> {
     let (id, secret) = (TokenId::new(), secret::token());
     let prefix: String = secret.chars().take(secret::SHOWN_CHARS).collect();
     let created_at = sqlx::query_scalar!(
-        "INSERT INTO api_tokens (id, user_id, daemon_id, name, hash, prefix, scopes, expires_at)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8) RETURNING created_at",
+        "INSERT INTO api_tokens (id, user_id, daemon_id, name, hash, prefix, scopes, expires_at, made_by)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9) RETURNING created_at",
         id.0,
         user.0,
         daemon.map(|daemon| daemon.0),
@@ -144,6 +157,7 @@ pub(crate) async fn insert_token(
         prefix,
         scopes,
         expires_at,
+        made_by.map(|token| token.0),
     )
     .fetch_one(&mut **tx)
     .await?;

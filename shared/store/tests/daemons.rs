@@ -125,13 +125,13 @@ async fn tokens_say_what_is_wrong_with_them() {
     assert_eq!((row.user, row.scopes.as_slice(), row.daemon), (world.user, scopes.as_slice(), None));
     assert!(secret.starts_with(&token.prefix) && secret.len() == 47);
     assert_eq!(code(store.token_by_secret("rlt_guess").await.unwrap_err()), Code::TokenInvalid);
-    let since = chrono::Utc::now() - DAY;
-    assert!(store.revoked_since(since).await.unwrap().is_empty());
+    let day = std::time::Duration::from_secs(86_400);
+    assert!(store.revoked_within(day).await.unwrap().is_empty());
     let id = token.id.parse().unwrap();
     store.revoke_token(world.user, id).await.unwrap();
     store.revoke_token(world.user, id).await.unwrap();
     assert_eq!(code(store.token_by_secret(&secret).await.unwrap_err()), Code::TokenRevoked);
-    assert_eq!(store.revoked_since(since).await.unwrap(), [id]);
+    assert_eq!(store.revoked_within(day).await.unwrap(), [id]);
     let past = chrono::Utc::now() - DAY;
     let (_, secret) = store.create_token(world.user, "old", &scopes, None, Some(past)).await.unwrap();
     assert_eq!(code(store.token_by_secret(&secret).await.unwrap_err()), Code::TokenExpired);
@@ -252,4 +252,38 @@ async fn declarations_have_a_new_number_when_they_change_and_only_then() {
     assert!(changed.value);
     let (after, now) = world.store().declarations(world.daemon).await.unwrap();
     assert!(after > number && now.tools == more);
+}
+
+#[tokio::test]
+async fn no_token_makes_what_outlives_it() {
+    let world = World::new().await;
+    let (store, scopes) = (world.store(), ["api".to_owned()]);
+    let ends = chrono::Utc::now() + DAY;
+    let (token, _) = store.create_token(world.user, "ci", &scopes, None, Some(ends)).await.unwrap();
+    let id: TokenId = token.id.parse().unwrap();
+    let (_, secret) = store.register_daemon_by(world.user, "by a token", false, Some(id)).await.unwrap();
+    let made = store.token_by_secret(&secret).await.unwrap();
+    assert!(made.expires_at.is_some_and(|at| at <= ends));
+    let (_, own) = store.register_daemon(world.user, "by its person", false).await.unwrap();
+    store.revoke_token(world.user, id).await.unwrap();
+    assert_eq!(code(store.token_by_secret(&secret).await.unwrap_err()), Code::TokenRevoked);
+    let revoked = store.revoked_within(std::time::Duration::from_secs(60)).await.unwrap();
+    assert_eq!(revoked.len(), 2, "who holds the daemon's stream learns of it too");
+    assert!(store.token_by_secret(&own).await.is_ok());
+    let again = store.register_daemon_by(world.user, "too late", false, Some(id)).await;
+    assert_eq!(code(again.unwrap_err()), Code::TokenRevoked);
+}
+
+#[tokio::test]
+async fn a_user_has_a_bounded_number_of_daemons_and_the_way_out_is_said() {
+    let world = World::new().await;
+    let user = world.user;
+    let fill = "INSERT INTO daemons (id, user_id, name) SELECT gen_random_uuid(), user_id, 'd' || n
+                FROM (SELECT user_id FROM daemons LIMIT 1) u, generate_series(1, 2000) n";
+    world.db.execute(fill).await;
+    let refused = world.store().register_daemon(user, "one more", false).await.unwrap_err();
+    assert!(refused.to_string().contains("revoke"), "{refused}");
+    assert_eq!(code(refused), Code::LimitReached);
+    world.db.execute("UPDATE daemons SET revoked_at = now() WHERE name LIKE 'd%'").await;
+    assert!(world.store().register_daemon(user, "one more", false).await.is_ok());
 }

@@ -82,6 +82,8 @@ codes! {
     McpServerUntrusted, "MCP_SERVER_UNTRUSTED", PermissionDenied, 403;
     QueueFull, "QUEUE_FULL", ResourceExhausted, 429;
     RateLimited, "RATE_LIMITED", ResourceExhausted, 429;
+    /// One user has as much of something as one user may.
+    LimitReached, "LIMIT_REACHED", ResourceExhausted, 429;
     ProviderRejected, "PROVIDER_REJECTED", FailedPrecondition, 502;
     ProviderUnavailable, "PROVIDER_UNAVAILABLE", Unavailable, 502;
     ProviderGarbage, "PROVIDER_GARBAGE", Unavailable, 502;

@@ -114,6 +114,13 @@ pub const NATS_SUBSCRIPTION_MAX: usize = 1024;
 pub const NATS_PAYLOAD_MAX_BYTES: usize = 1024 * 1024;
 pub const NATS_REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// Daemons of one user that are not revoked.
+pub const USER_DAEMONS_MAX: i64 = 2000;
+/// Personal access tokens of one user that are good.
+pub const USER_TOKENS_MAX: i64 = 200;
+/// Projects of one user that are not archived.
+pub const USER_PROJECTS_MAX: i64 = 1000;
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use reliant_bus::ControlSubject;
-use reliant_middleware::Principal;
+use reliant_middleware::{Principal, PrincipalKind};
 use reliant_rpc::daemon_service_server::DaemonService;
 use reliant_telemetry::chain;
 use reliant_types::{ChatId, DaemonId, Failure, pb};
@@ -29,8 +29,17 @@ impl Daemons {
         request: pb::RegisterDaemonRequest,
     ) -> Result<pb::RegisterDaemonResponse, Failure> {
         let name = app::line("name", &request.name, NAME_MAX_CHARS)?;
-        let (daemon, token) =
-            self.0.deps.store.register_daemon(caller.user, &name, request.replace).await.map_err(refused)?;
+        let made_by = match caller.kind {
+            PrincipalKind::Token { id, .. } => Some(id),
+            PrincipalKind::Person | PrincipalKind::Daemon { .. } => None,
+        };
+        let (daemon, token) = self
+            .0
+            .deps
+            .store
+            .register_daemon_by(caller.user, &name, request.replace, made_by)
+            .await
+            .map_err(refused)?;
         Ok(pb::RegisterDaemonResponse { daemon_id: daemon.to_string(), token })
     }
 

@@ -32,7 +32,7 @@ impl Environment {
 pub fn hide_own_environment() {
     let hidden = rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable);
     if let Err(error) = hidden {
-        tracing::debug!(%error, "other processes of this user can read the daemon's environment");
+        tracing::debug!(error = %reliant_telemetry::chain(&error), "other processes of this user can read the daemon's environment");
     }
 }
 

@@ -74,7 +74,7 @@ fn all() -> Vec<Stat> {
 /// Makes this process the parent of what the calls' shells leave behind.
 pub fn adopt_orphans() {
     if let Err(error) = rustix::process::set_child_subreaper(Some(rustix::process::getpid())) {
-        tracing::warn!(%error, "processes that commands leave in the background cannot be found again");
+        tracing::warn!(error = %reliant_telemetry::chain(&error), "processes that commands leave in the background cannot be found again");
     }
 }
 
