@@ -286,10 +286,11 @@ fn announce(up: &Up, took: Duration) {
         say(&format!("  traces     {url} (and `reliant trace` for the newest turn)"));
     }
     say(&format!("  logs       {}", up.stack.data_dir().join("logs").display()));
-    let key = ["OPENAI_API_KEY", "ANTHROPIC_API_KEY"].iter().find(|name| std::env::var_os(name).is_some());
-    say(&match key {
-        Some(name) => format!("  models     a real provider ({name}), and the simulator"),
-        None => "  models     a simulator answers; set OPENAI_API_KEY or ANTHROPIC_API_KEY for a real model".into(),
+    let mut keys = vec!["OPENAI_API_KEY", "ANTHROPIC_API_KEY"];
+    keys.retain(|name| std::env::var_os(name).is_some_and(|key| !key.is_empty()));
+    say(&match keys.len() {
+        1.. => format!("  models     real ones ({}), and the simulator", keys.join(", ")),
+        0 => "  models     a simulator answers; set OPENAI_API_KEY or ANTHROPIC_API_KEY for a real model".into(),
     });
     say("");
     say("Ctrl-C stops everything.");

@@ -7,9 +7,10 @@
 
 use std::{sync::Arc, time::Duration};
 
+use chrono::{DateTime, Utc};
 use reliant_flows::BurstEnd;
 use reliant_models::tried_again;
-use reliant_store::{Attempt, Claim, Look, Step, StoreError, model_never_answered};
+use reliant_store::{Claim, Look, Step, StoreError, model_never_answered};
 use reliant_telemetry::{TraceContext, chain, hop, metrics};
 use reliant_types::{ChatId, Code, Failure, ToolCallId, TurnId};
 use tokio::time::Instant;
@@ -202,7 +203,7 @@ async fn round(
         if attempt.restarted && before == 0 && broken == 0 {
             metrics::TURN_TAKEOVERS.inc();
         }
-        let deadline = deadline(&attempt);
+        let deadline = Instant::now() + time_left(attempt.claimed_at, attempt.deadline);
         let (turn, fence, model) = (attempt.turn, attempt.fence, attempt.model.clone());
         let end = if attempt.worker_deaths >= WORKER_DEATHS_MAX {
             metrics::TURNS_DEADLY.inc();
@@ -272,7 +273,21 @@ async fn release(engine: &Arc<Engine>, turn: TurnId, fence: i64) -> EngineError 
 }
 
 /// Both times are of the database's clock: this worker's own may be wrong.
-fn deadline(attempt: &Attempt) -> Instant {
-    let left = attempt.deadline.signed_duration_since(attempt.claimed_at).to_std().unwrap_or_default();
-    Instant::now() + left
+fn time_left(claimed_at: DateTime<Utc>, deadline: DateTime<Utc>) -> Duration {
+    deadline.signed_duration_since(claimed_at).to_std().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_turns_time_is_told_by_the_databases_clock_alone() {
+        // A database that is decades behind or ahead of this worker.
+        for years in [-40, 0, 40] {
+            let claimed = Utc::now() + chrono::TimeDelta::days(365 * years);
+            assert_eq!(time_left(claimed, claimed + chrono::TimeDelta::minutes(7)), Duration::from_secs(420));
+            assert_eq!(time_left(claimed, claimed - chrono::TimeDelta::minutes(7)), Duration::ZERO);
+        }
+    }
 }

@@ -6,7 +6,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 /// What a process has open beside its connections: pools, logs, listeners.
 const OTHER_FILES: usize = 256;
 
-/// Raises the soft limit to the hard one, and warns where `connections` do not fit.
+/// Raises the soft limit to the hard one, and says where `connections` do not fit: the listener waits for files then.
 pub fn raise(connections: usize) {
     let limit = getrlimit(Resource::Nofile);
     if limit.current != limit.maximum
@@ -16,7 +16,7 @@ pub fn raise(connections: usize) {
     }
     let now = getrlimit(Resource::Nofile).current;
     if !fits(now, connections) {
-        tracing::warn!(
+        tracing::info!(
             open_files = now,
             connections,
             "fewer files may be open than the configured connections need; raise 'ulimit -Hn' (LimitNOFILE) or lower \

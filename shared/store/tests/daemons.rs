@@ -287,3 +287,54 @@ async fn a_user_has_a_bounded_number_of_daemons_and_the_way_out_is_said() {
     world.db.execute("UPDATE daemons SET revoked_at = now() WHERE name LIKE 'd%'").await;
     assert!(world.store().register_daemon(user, "one more", false).await.is_ok());
 }
+
+#[tokio::test]
+async fn a_listing_reads_a_bounded_amount_of_declarations() {
+    let world = World::new().await;
+    // Seven daemons that declare 4 MB each.
+    let fill = "INSERT INTO daemons (id, user_id, name, declarations)
+                SELECT gen_random_uuid(), user_id, 'd' || n, convert_to(string_agg(md5(random()::text), ''), 'UTF8')
+                FROM (SELECT user_id FROM daemons LIMIT 1) u, generate_series(1, 7) n, generate_series(1, 125000) m GROUP BY user_id, n";
+    world.db.execute(fill).await;
+    let daemons = world.store().list_daemons(world.user, false).await.unwrap();
+    assert_eq!(daemons.len(), 8, "all are listed");
+    assert_eq!(daemons.iter().filter(|daemon| daemon.shortened).count(), 3, "the rest without what they declare");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn daemons_that_come_and_calls_that_miss_them_do_not_lock_each_other_out() {
+    let world = World::new().await;
+    let (_, calls) = world.asked(vec![call(0, "shell")]).await;
+    let (store, user, daemon, gateway, journal) =
+        (world.store().clone(), world.user, world.daemon, world.gateway, world.journal);
+    let comes = tokio::spawn(async move {
+        for _ in 0..200 {
+            let _ = store.connect_daemon(hello(user, daemon, gateway, journal, 0)).await.unwrap();
+        }
+    });
+    while !comes.is_finished() {
+        let orders = world.store().prepare_dispatches(world.chat, &calls, &[]).await.unwrap().value;
+        for order in orders {
+            let _ = world.store().daemon_away(calls[0], order.call.generation).await.unwrap();
+        }
+    }
+    comes.await.unwrap();
+    // What a connection has counted is told when it ends, or a little later.
+    tokio::time::sleep(std::time::Duration::from_millis(1200)).await;
+    let deadlocks = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()";
+    assert_eq!(world.db.number(deadlocks).await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn migrations_wait_for_longer_than_a_statement_may() {
+    let world = World::new().await;
+    let (raw, store) = (world.db.raw.clone(), world.store().clone());
+    let held = tokio::spawn(async move {
+        // The longest that other statements wait for a lock is 6 s.
+        let hold = "DO $$ BEGIN LOCK TABLE _sqlx_migrations IN ACCESS EXCLUSIVE MODE; PERFORM pg_sleep(7); END $$";
+        sqlx::query(hold).execute(&raw).await.unwrap();
+    });
+    tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+    store.migrate().await.unwrap();
+    held.await.unwrap();
+}

@@ -502,3 +502,21 @@ async fn approvals_for_a_chat_end_with_its_machine_and_a_new_mode_governs_open_t
     let _ = world.store().commit_message(answer(&attempt, "and there", vec![asking(0, "shell")])).await.unwrap();
     assert_eq!(statuses(queued).await, Status::WaitingApproval, "it was let through on another machine");
 }
+
+#[tokio::test]
+async fn a_refusal_by_another_journal_is_believed_only_of_what_may_run_twice() {
+    let world = World::new().await;
+    let repeatable = NewCall { repeatable: true, ..looking(1, "glob") };
+    let (turn, calls) = world.asked(vec![looking(0, "grep"), repeatable]).await;
+    for (call, expected) in calls.iter().zip([Status::OutcomeUnknown, Status::Pending]) {
+        let generation = world.dispatch(*call).await;
+        let reply = pb::DispatchReply {
+            outcome: pb::DispatchOutcome::Refused as i32,
+            incarnation: Incarnation::new().to_string(),
+            ..Default::default()
+        };
+        let _ = world.store().dispatch_replied(*call, generation, &reply).await.unwrap();
+        let row = world.calls(turn).await.into_iter().find(|row| row.id == call.to_string()).unwrap();
+        assert_eq!(row.status(), expected);
+    }
+}

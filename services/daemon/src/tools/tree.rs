@@ -71,6 +71,22 @@ fn all() -> Vec<Stat> {
     entries.filter_map(|entry| stat(entry.ok()?.file_name().to_str()?.parse().ok()?)).collect()
 }
 
+/// Whether this process has no child but its own: then nothing was left behind, and not all processes of the machine need be
+/// looked at. False as well where the kernel does not list children.
+fn has_only(own: &HashSet<u32>) -> bool {
+    let threads = std::fs::read_dir("/proc/self/task").into_iter().flatten();
+    let mut listed = false;
+    for thread in threads.flatten() {
+        // A thread may end meanwhile; its children are another's then.
+        let Ok(children) = std::fs::read_to_string(thread.path().join("children")) else { continue };
+        listed = true;
+        if children.split_whitespace().any(|pid| pid.parse().is_ok_and(|pid| !own.contains(&pid))) {
+            return false;
+        }
+    }
+    listed
+}
+
 /// Makes this process the parent of what the calls' shells leave behind.
 pub fn adopt_orphans() {
     if let Err(error) = rustix::process::set_child_subreaper(Some(rustix::process::getpid())) {
@@ -144,6 +160,9 @@ impl Table {
 /// After a call's shell has ended: how many processes of it still run. Blocking.
 pub fn left_behind(call: ToolCallId, leader: Started) -> usize {
     with_table(|table| {
+        if has_only(&table.own) {
+            return 0;
+        }
         let found = table.of_call(call, Some(leader));
         table.reap(&found);
         let alive: BTreeSet<_> = found.iter().filter(|p| !p.is_zombie).map(|p| p.started).collect();

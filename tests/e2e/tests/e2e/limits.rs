@@ -1,6 +1,7 @@
 //! What is larger than somebody else takes: more tools than a model, more calls than a daemon.
 
 use anyhow::Result;
+use futures::future::try_join_all;
 use reliant_client::{Client, ClientConfig, ClientUpdate, From};
 use reliant_harness::{DaemonOptions, Rig, RigOptions, eventually};
 use reliant_types::{limits, pb};
@@ -55,28 +56,43 @@ async fn calls_that_find_no_room_on_the_daemon_wait_and_all_run() -> Result<()> 
     let ada = rig.person("ada").await?;
     let options = DaemonOptions { config: "max_running = 1".into(), ..Default::default() };
     let daemon = rig.daemon(&ada, "laptop", options).await?;
-    let mut chat = session(&ada, MODEL, pb::ChatMode::Auto).await?;
-    let call = json!({ "name": "shell", "repeat": 4, "args": { "command": "echo {index} >> order; sleep 0.4" } });
-    let sent = chat.send(&script(json!([{ "tools": [call] }, { "text": "done" }]))).await?;
-    let turn: reliant_types::TurnId = sent.turn.unwrap().id.parse()?;
-    // The person sees what is waited for.
-    let told = loop {
-        if let ClientUpdate::Event(event) = chat.next().await?
-            && let Some(pb::chat_event::Kind::ToolCallChanged(changed)) = event.kind
-            && let Some(call) = changed.tool_call.filter(|call| !call.waiting_for.is_empty())
-        {
-            break call;
+    // The calls of one message run one behind the other; those of several chats want to run at one time.
+    let chats = (0..4).map(|n| {
+        let (ada, args) = (&ada, json!({ "command": format!("echo {n} >> order; sleep 0.4") }));
+        async move {
+            let mut chat = session(ada, MODEL, pb::ChatMode::Auto).await?;
+            let sent = chat.send(&one_call("shell", args)).await?;
+            let turn = sent.turn.unwrap().id;
+            let mut told = None;
+            // The person sees what is waited for.
+            let ended = loop {
+                let ClientUpdate::Event(event) = chat.next().await? else { continue };
+                match event.kind {
+                    Some(pb::chat_event::Kind::ToolCallChanged(changed)) => {
+                        told = told.or(changed.tool_call.filter(|call| !call.waiting_for.is_empty()));
+                    }
+                    Some(pb::chat_event::Kind::TurnChanged(now)) if now.id == turn && now.ended_at.is_some() => {
+                        break now;
+                    }
+                    _ => {}
+                }
+            };
+            assert_eq!(ended.status(), pb::TurnStatus::Succeeded, "{ended:?}");
+            assert!(chat.verification().is_clean(), "{:?}", chat.verification());
+            let calls =
+                ada.client.get_turn(pb::GetTurnRequest { turn_id: turn, ..Default::default() }).await?.tool_calls;
+            assert_eq!(calls.len(), 1);
+            assert_eq!(calls[0].status(), pb::ToolCallStatus::Succeeded, "{calls:?}");
+            anyhow::Ok(told)
         }
-    };
-    assert_eq!(told.status(), pb::ToolCallStatus::Pending, "{told:?}");
-    assert!(told.waiting_for.contains("no more can"), "{told:?}");
-    let ended = chat.wait_turn(turn, PATIENCE).await?;
-    assert_eq!(ended.status(), pb::TurnStatus::Succeeded, "{ended:?}");
-    assert!(chat.verification().is_clean(), "{:?}", chat.verification());
-    let calls =
-        ada.client.get_turn(pb::GetTurnRequest { turn_id: turn.to_string(), ..Default::default() }).await?.tool_calls;
-    assert_eq!(calls.len(), 4);
-    assert!(calls.iter().all(|call| call.status() == pb::ToolCallStatus::Succeeded), "{calls:?}");
+    });
+    let told = tokio::time::timeout(PATIENCE, try_join_all(chats)).await??;
+    let told: Vec<_> = told.into_iter().flatten().collect();
+    assert!(!told.is_empty(), "nobody was told what a call waits for");
+    for call in told {
+        assert_eq!(call.status(), pb::ToolCallStatus::Pending, "{call:?}");
+        assert!(call.waiting_for.contains("no more can"), "{call:?}");
+    }
     let mut order: Vec<String> =
         std::fs::read_to_string(daemon.root.join("order"))?.lines().map(str::to_owned).collect();
     order.sort();
