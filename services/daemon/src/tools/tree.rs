@@ -8,6 +8,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     io,
+    sync::atomic::{AtomicBool, Ordering},
     time::Duration,
 };
 
@@ -36,6 +37,8 @@ struct Table {
 }
 
 static TABLE: Mutex<Option<Table>> = Mutex::new(None);
+/// This process is the parent of what calls' shells leave behind.
+static ADOPTS: AtomicBool = AtomicBool::new(false);
 
 fn with_table<T>(work: impl FnOnce(&mut Table) -> T) -> T {
     work(TABLE.lock().get_or_insert_default())
@@ -89,7 +92,9 @@ fn has_only(own: &HashSet<u32>) -> bool {
 
 /// Makes this process the parent of what the calls' shells leave behind.
 pub fn adopt_orphans() {
-    if let Err(error) = rustix::process::set_child_subreaper(Some(rustix::process::getpid())) {
+    let adopts = rustix::process::set_child_subreaper(Some(rustix::process::getpid()));
+    ADOPTS.store(adopts.is_ok(), Ordering::Relaxed);
+    if let Err(error) = adopts {
         tracing::warn!(error = %reliant_telemetry::chain(&error), "processes that commands leave in the background cannot be found again");
     }
 }
@@ -160,7 +165,7 @@ impl Table {
 /// After a call's shell has ended: how many processes of it still run. Blocking.
 pub fn left_behind(call: ToolCallId, leader: Started) -> usize {
     with_table(|table| {
-        if has_only(&table.own) {
+        if ADOPTS.load(Ordering::Relaxed) && has_only(&table.own) {
             return 0;
         }
         let found = table.of_call(call, Some(leader));
