@@ -298,7 +298,11 @@ async fn a_listing_reads_a_bounded_amount_of_declarations() {
     world.db.execute(fill).await;
     let daemons = world.store().list_daemons(world.user, false).await.unwrap();
     assert_eq!(daemons.len(), 8, "all are listed");
-    assert_eq!(daemons.iter().filter(|daemon| daemon.shortened).count(), 3, "the rest without what they declare");
+    assert_eq!(
+        daemons.iter().filter(|daemon| daemon.shortened).count(),
+        4,
+        "all past 16 MiB without what they declare"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]

@@ -104,7 +104,8 @@ async fn the_largest_message_a_model_may_write_fits_everywhere() {
     let count = limits::MESSAGE_TOOL_CALLS_MAX;
     let input = |bytes: usize| format!(r#"{{"command":"{}"}}"#, "x".repeat(bytes));
     let share = limits::TOOL_INPUT_MAX_BYTES / count - 20;
-    let calls = (0..count as i32).map(|index| NewCall { input: input(share), ..asking(index, "shell") });
+    let calls =
+        (0..count as i32).map(|index| NewCall { input: input(share), read_only: true, ..asking(index, "shell") });
     let text = "t".repeat(limits::MODEL_TEXT_MAX_BYTES - limits::TOOL_INPUT_MAX_BYTES);
     let new = answer(&attempt, &text, calls.collect());
     let committed = world.store().commit_message(new).await.unwrap();
