@@ -212,10 +212,7 @@ async fn a_cancel_ends_a_call_in_well_under_a_second() {
 
 #[tokio::test]
 async fn a_background_process_does_not_hold_the_call() {
-    tree::adopt_orphans();
     let fixture = Fixture::new();
-    let outcome = fixture.run("shell", json!({"command": "(sleep 0.1; true) & wait; echo alone"})).await;
-    assert_eq!(outcome.content, b"alone\n", "it left nothing behind");
     let began = Instant::now();
     let outcome = fixture.run("shell", json!({"command": "sleep 5 & echo started"})).await;
     assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());

@@ -8,7 +8,6 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     io,
-    sync::atomic::{AtomicBool, Ordering},
     time::Duration,
 };
 
@@ -37,8 +36,6 @@ struct Table {
 }
 
 static TABLE: Mutex<Option<Table>> = Mutex::new(None);
-/// This process is the parent of what calls' shells leave behind.
-static ADOPTS: AtomicBool = AtomicBool::new(false);
 
 fn with_table<T>(work: impl FnOnce(&mut Table) -> T) -> T {
     work(TABLE.lock().get_or_insert_default())
@@ -74,27 +71,9 @@ fn all() -> Vec<Stat> {
     entries.filter_map(|entry| stat(entry.ok()?.file_name().to_str()?.parse().ok()?)).collect()
 }
 
-/// Whether this process has no child but its own: then nothing was left behind, and not all processes of the machine need be
-/// looked at. False as well where the kernel does not list children.
-fn has_only(own: &HashSet<u32>) -> bool {
-    let threads = std::fs::read_dir("/proc/self/task").into_iter().flatten();
-    let mut listed = false;
-    for thread in threads.flatten() {
-        // A thread may end meanwhile; its children are another's then.
-        let Ok(children) = std::fs::read_to_string(thread.path().join("children")) else { continue };
-        listed = true;
-        if children.split_whitespace().any(|pid| pid.parse().is_ok_and(|pid| !own.contains(&pid))) {
-            return false;
-        }
-    }
-    listed
-}
-
 /// Makes this process the parent of what the calls' shells leave behind.
 pub fn adopt_orphans() {
-    let adopts = rustix::process::set_child_subreaper(Some(rustix::process::getpid()));
-    ADOPTS.store(adopts.is_ok(), Ordering::Relaxed);
-    if let Err(error) = adopts {
+    if let Err(error) = rustix::process::set_child_subreaper(Some(rustix::process::getpid())) {
         tracing::warn!(error = %reliant_telemetry::chain(&error), "processes that commands leave in the background cannot be found again");
     }
 }
@@ -165,9 +144,6 @@ impl Table {
 /// After a call's shell has ended: how many processes of it still run. Blocking.
 pub fn left_behind(call: ToolCallId, leader: Started) -> usize {
     with_table(|table| {
-        if ADOPTS.load(Ordering::Relaxed) && has_only(&table.own) {
-            return 0;
-        }
         let found = table.of_call(call, Some(leader));
         table.reap(&found);
         let alive: BTreeSet<_> = found.iter().filter(|p| !p.is_zombie).map(|p| p.started).collect();
