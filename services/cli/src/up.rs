@@ -113,7 +113,7 @@ pub async fn run(global: Global, args: UpArgs) -> Result<()> {
     let root = std::fs::canonicalize(&args.root)
         .with_context(|| format!("the directory {} cannot be opened", args.root.display()))?;
     // A key that no role knows is refused here, and not by each role's log.
-    Config::load(&global)?;
+    let config = Config::load(&global)?;
     let settings = settings(&global)?;
     if let Some((key, _)) = settings.iter().find(|(key, _)| CHOSEN_KEYS.contains(&key.as_str())) {
         bail!(
@@ -123,7 +123,7 @@ pub async fn run(global: Global, args: UpArgs) -> Result<()> {
     let drain = Drain::new();
     drain.watch_signals().context("could not listen for Ctrl-C")?;
     let started = Instant::now();
-    let environment = Config::load(&global)?.daemon.environment;
+    let environment = config.daemon.environment;
     let plan = Plan {
         data_dir,
         tools_dir: args.tools_dir,

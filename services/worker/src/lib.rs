@@ -11,6 +11,7 @@ mod dispatch;
 mod driver;
 mod engine;
 mod history;
+mod kept;
 mod listen;
 mod live;
 mod load;

@@ -3,13 +3,12 @@
 
 use std::sync::Arc;
 
-use lru::LruCache;
 use parking_lot::Mutex;
 use prost::Message as _;
 use reliant_store::{Attempt, Store};
 use reliant_types::{DaemonId, pb};
 
-use crate::{engine::EngineError, tools};
+use crate::{engine::EngineError, kept::Kept, tools};
 
 /// Memory of all together, about: what is decoded takes some twice its size. The largest that one daemon may declare fits.
 const KEPT_MAX_BYTES: usize = 32 * 1024 * 1024;
@@ -32,16 +31,12 @@ impl Offer {
     }
 }
 
-pub struct Offers(Mutex<Kept>);
-
-struct Kept {
-    daemons: LruCache<DaemonId, (i64, Arc<pb::Declarations>)>,
-    bytes: usize,
-}
+/// With the number of the change that each is of.
+pub struct Offers(Mutex<Kept<DaemonId, (i64, Arc<pb::Declarations>)>>);
 
 impl Default for Offers {
     fn default() -> Self {
-        Self(Mutex::new(Kept { daemons: LruCache::unbounded(), bytes: 0 }))
+        Self(Mutex::new(Kept::new(KEPT_MAX_BYTES)))
     }
 }
 
@@ -64,19 +59,11 @@ impl Offers {
 
     fn kept(&self, daemon: DaemonId, version: i64) -> Option<Arc<pb::Declarations>> {
         let mut kept = self.0.lock();
-        kept.daemons.get(&daemon).filter(|(known, _)| *known >= version).map(|(_, declared)| declared.clone())
+        kept.get(&daemon).filter(|(known, _)| *known >= version).map(|(_, declared)| declared.clone())
     }
 
     fn keep(&self, daemon: DaemonId, version: i64, declared: &Arc<pb::Declarations>) {
-        let mut kept = self.0.lock();
-        kept.bytes += declared.encoded_len();
-        if let Some((_, (_, before))) = kept.daemons.push(daemon, (version, declared.clone())) {
-            kept.bytes -= before.encoded_len();
-        }
-        while kept.bytes > KEPT_MAX_BYTES {
-            let Some((_, (_, oldest))) = kept.daemons.pop_lru() else { break };
-            kept.bytes -= oldest.encoded_len();
-        }
+        self.0.lock().put(daemon, (version, declared.clone()), declared.encoded_len());
     }
 }
 

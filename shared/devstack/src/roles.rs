@@ -1,9 +1,6 @@
 //! A whole mesh of role processes over given servers: what `reliant up`, `reliant demo` and the tests start.
 
-use reliant_types::{
-    boxed,
-    environment::{is_harmless, may_be_named},
-};
+use reliant_types::{boxed, environment::passes};
 use std::{
     ffi::OsString,
     fmt::Write as _,
@@ -168,7 +165,7 @@ fn daemon_variables(named: &[String]) -> Vec<String> {
     let own = |name: &str| name.starts_with("RELIANT_DAEMON__") || name.starts_with("RELIANT_TELEMETRY__");
     std::env::vars_os()
         .filter_map(|(name, _)| name.into_string().ok())
-        .filter(|name| is_harmless(name) || own(name) || (may_be_named(name) && named.contains(name)))
+        .filter(|name| own(name) || passes(name, named))
         .collect()
 }
 

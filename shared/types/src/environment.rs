@@ -137,6 +137,11 @@ pub fn may_be_named(name: &str) -> bool {
     !name.is_empty() && !name.contains(['=', '\0']) && !name.to_ascii_uppercase().starts_with("RELIANT_")
 }
 
+/// Whether a variable of this name reaches tools: a harmless one, or one that the configuration names.
+pub fn passes(name: &str, named: &[String]) -> bool {
+    is_harmless(name) || (may_be_named(name) && named.iter().any(|named| named == name))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

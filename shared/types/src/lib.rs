@@ -14,7 +14,7 @@ pub use async_recursion::async_recursion as boxed;
 pub use code::{Code, Failure};
 pub use id::*;
 pub use secret::Secret;
-pub use visible::{bounded, visible};
+pub use visible::visible;
 
 /// The protobuf messages of `proto/reliant/v1`, without services.
 #[allow(clippy::all, clippy::unwrap_used, missing_docs)]

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use reliant_types::visible::is_hidden;
 use serde_json::Value;
 
 const SHOWN_MAX_CHARS: usize = 8 * 1024;
@@ -49,17 +50,10 @@ fn word(text: &str) -> String {
     if plain { text.to_owned() } else { format!("'{}'", text.replace('\'', "'\\''")) }
 }
 
-/// Control characters, and those that take no room or turn the reading direction, written as escapes.
+/// On one line, and with each character that a screen hides written as an escape.
 pub fn visible(text: &str) -> String {
-    text.chars().map(|c| if is_hidden(c) { c.escape_unicode().to_string() } else { c.to_string() }).collect()
-}
-
-fn is_hidden(c: char) -> bool {
-    c.is_control()
-        || matches!(c,
-            '\u{ad}' | '\u{61c}' | '\u{115f}' | '\u{1160}' | '\u{180e}' | '\u{200b}'..='\u{200f}'
-            | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{3164}' | '\u{fe00}'..='\u{fe0f}' | '\u{feff}'
-            | '\u{ffa0}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e0fff}')
+    let hidden = |c: char| c.is_control() || is_hidden(c);
+    text.chars().map(|c| if hidden(c) { c.escape_unicode().to_string() } else { c.to_string() }).collect()
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 
-use reliant_types::environment::{is_harmless, may_be_named};
+use reliant_types::environment::passes;
 use tokio::process::Command;
 
 #[derive(Debug, Clone, Default)]
@@ -17,13 +17,8 @@ impl Environment {
 
     /// Gives a command this environment in the place of the daemon's. What the caller sets afterwards is added.
     pub fn apply(&self, command: &mut Command) {
-        command.env_clear().envs(std::env::vars_os().filter(|(name, _)| self.passes(name)));
-    }
-
-    fn passes(&self, name: &OsString) -> bool {
-        name.to_str().is_some_and(|name| {
-            is_harmless(name) || (may_be_named(name) && self.named.iter().any(|named| named == name))
-        })
+        let passing = |name: &OsString| name.to_str().is_some_and(|name| passes(name, &self.named));
+        command.env_clear().envs(std::env::vars_os().filter(|(name, _)| passing(name)));
     }
 }
 
@@ -38,6 +33,8 @@ pub fn hide_own_environment() {
 
 #[cfg(test)]
 mod tests {
+    use reliant_types::environment::is_harmless;
+
     use super::*;
 
     #[tokio::test]
